@@ -1,0 +1,58 @@
+"""The paper's 2.4 B language model (arXiv 2602.21371, section 5): 240 B tokens at a context of 8 192.
+
+    python train.py --config=configs/paper_2p4b.py:iha --workdir=gs://bucket/runs/iha \
+        --config.data.sources=c4/en --config.data.data_dir=gs://bucket/tfds \
+        --config.data.tokenizer=hf:/path/to/llama3/tokenizer.json
+
+Arms: `iha` (four local IHA layers, then one global MHA layer), `global` (MHA everywhere) and `global_local` (sliding
+windows of 512 tokens and global MHA, 4:1). The arms differ in the lines of `get_config` that name them and nowhere
+else. P of the paper's run is not stated; a reader with its sources says 20. Parameters: `iha` 2 373 866 240, `global`
+and `global_local` 2 373 194 240. Hardware in the paper: 128 H200; this file has not been run at full size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+ARMS = ("iha", "global", "global_local")
+
+
+def get_config(arm: str = "iha") -> ConfigDict:
+    config = base.get_config()
+
+    model = config.model
+    model.vocab_size = 128_256  # Llama 3's
+    model.context_length = 8192
+    model.width = 2560
+    model.num_layers = 26  # five groups of five and one layer left over
+    model.num_heads = 20
+    model.mlp_width = 10_240
+    model.rope_theta = 500_000.0
+    model.compute_dtype = "bfloat16"
+    model.remat = "full"
+    model.iha.pseudo_heads = 20
+    if arm == "iha":
+        model.layer_pattern = ("iha_local",) * 4 + ("mha",)  # window max(1, 8192 // (2 * 20**2)) = 10 tokens
+    elif arm == "global_local":
+        model.layer_pattern = ("mha_local",) * 4 + ("mha",)
+        model.window = 512
+
+    config.data.sources = ("c4/en",)
+    config.data.tokenizer = "hf:tokenizer.json"
+    config.data.workers = 8
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 8e-4
+    optimizer.final_fraction = 0.01  # 8e-6
+    optimizer.warmup_steps = 1000
+
+    training = config.training
+    training.steps = 240_000
+    training.batch_size = 128  # 2^20 tokens a step
+    training.loss_chunk = 1024
+    training.log_every = 20
+    training.eval_every = 2000
+    training.eval_rows = 512
+    training.eval_batch_size = 128
+    training.checkpoint_every = 1000
+    return config

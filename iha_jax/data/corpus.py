@@ -1,0 +1,59 @@
+"""The data of a run, opened and checked against its config."""
+
+from dataclasses import dataclass
+
+from iha_jax.config import Config, ConfigError
+from iha_jax.data.rows import Rows, open_rows
+from iha_jax.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenizer, training rows of every source, and the validation rows (of the first source)."""
+
+    tokenizer: Tokenizer
+    train: list[Rows]
+    validation: Rows
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What `provenance.json` records and a resumed run must find again."""
+        rows = [*self.train, self.validation]
+        return {
+            "corpus_digest": "+".join(r.corpus_digest for r in rows),
+            "tokenizer_digest": self.tokenizer.digest,
+            "rows_digest": "+".join(r.digest for r in rows),
+        }
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """The run's tokenizer. Raises ConfigError when the model's vocabulary is too small for it."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"config.model.vocab_size = {config.model.vocab_size}: smaller than the {tokenizer.vocab_size} ids of "
+                f"config.data.tokenizer = {config.data.tokenizer!r}; set --config.model.vocab_size="
+                f"{tokenizer.vocab_size} or more"
+            ]
+        )
+    return tokenizer
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Opens (on first use: prepares) the rows of every source. Raises ValueError for data that cannot be used."""
+    data, tokenizer = config.data, open_tokenizer(config)
+
+    def rows(source: str, split: str) -> Rows:
+        return open_rows(
+            source=source,
+            split=split,
+            data_dir=data.data_dir,
+            tokenizer=tokenizer,
+            context_length=config.model.context_length,
+            cache_dir=data.cache_dir,
+            text_feature=data.text_feature,
+        )
+
+    train = [rows(source, data.train_split) for source in data.sources]
+    return Corpus(tokenizer, train, rows(data.sources[0], data.validation_split))

@@ -1,0 +1,1 @@
+"""Where arrays live: the mesh and the placement of batches and state on it."""

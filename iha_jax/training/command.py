@@ -1,0 +1,44 @@
+"""The command line of training: flags to one library call, and exceptions to exit codes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+REFUSED = 2
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.a.b=value` (returned as "a.b=value") from all other arguments."""
+    prefix = "--config."
+    overrides = [a.removeprefix(prefix) for a in arguments if a.startswith(prefix)]
+    return overrides, [a for a in arguments if not a.startswith(prefix)]
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Ends the process with exit code 2: the input was refused, and nothing was written."""
+    print(f"refused: {error}", file=sys.stderr)
+    sys.exit(REFUSED)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Exit codes: 0 done, 75 preempted and saved (run the same command again), 2 refused input, else a failure."""
+    overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train one model. Calling it again with the same workdir resumes at the last checkpoint.",
+        epilog="Any field of configs/base.py can be set: --config.model.width=256 --config.training.steps=1000",
+    )
+    parser.add_argument("--config", required=True, help="a config file, or FILE:ARM where it has several arms")
+    parser.add_argument("--workdir", required=True, help="the run directory")
+    flags = parser.parse_args(rest)
+
+    # Only now: importing jax takes seconds, --help should not.
+    from iha_jax.config_file import load_config
+    from iha_jax.training.loop import admit, train
+
+    try:
+        job = admit(load_config(flags.config, overrides), flags.workdir)
+    except ValueError as error:
+        refuse(error)
+    sys.exit(train(job))

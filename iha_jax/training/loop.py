@@ -1,0 +1,142 @@
+"""Training, from the first refusal to the last checkpoint, read from top to bottom."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from iha_jax.config import Config
+from iha_jax.data.batches import train_batches
+from iha_jax.data.corpus import Corpus, open_corpus
+from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, data_mesh, place_batch, replicated
+from iha_jax.training.banner import describe, kernels
+from iha_jax.training.checkpoint import Checkpointer
+from iha_jax.training.meter import Meter
+from iha_jax.training.metrics import MetricsWriter
+from iha_jax.training.optimizer import make_optimizer
+from iha_jax.training.preemption import Preemption
+from iha_jax.training.progress import Progress
+from iha_jax.training.run_directory import check_run, open_run
+from iha_jax.training.state import check_source, starting_state
+from iha_jax.training.step import State, make_train_step
+from iha_jax.training.validation import Validation
+
+DONE, PREEMPTED = 0, 75
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose input was found usable."""
+
+    config: Config
+    workdir: str
+    mesh: Mesh
+    corpus: Corpus
+
+
+def admit(config: Config, workdir: str) -> Job:
+    """Checks everything a user can get wrong, before anything is compiled or written in the run directory.
+
+    Raises:
+      ValueError: (ConfigError, RunDirectoryError, ...) saying what cannot be used and what would be.
+    """
+    mesh = data_mesh()
+    check_batch_sizes(config, mesh.size)
+    check_run(workdir, config)
+    check_source(config)
+    return Job(config, workdir, mesh, open_corpus(config))
+
+
+def train(job: Job) -> int:
+    """Trains to `training.steps`, resuming at the last checkpoint of the run directory if there is one.
+
+    Returns the exit code: 0 when done, 75 when SIGTERM or SIGINT came and the state was saved.
+    """
+    config, mesh, corpus = job.config, job.mesh, job.corpus
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=kernels(config))
+
+    with (
+        Preemption() as preemption,
+        Checkpointer(run.checkpoints, keep=config.training.keep_checkpoints) as checkpoints,
+        MetricsWriter.of(run, config.training, resume_step=checkpoints.latest_step()) as writer,
+    ):
+        # --- State: restored, warm-started or initial.
+        state, carried = starting_state(config, optimizer, checkpoints, mesh)
+        start_step = int(state["step"])
+        progress = Progress(config.training.steps, start_step)
+        progress.message(describe(config, mesh, start_step))
+
+        # --- Compile before the clock starts.
+        began = time.perf_counter()
+        train_step = _compile(config, optimizer, state, mesh)
+        validate = Validation(config, corpus, mesh)
+        progress.message(f"compiled the training step in {time.perf_counter() - began:.1f} s")
+
+        # --- Train. The order matters: log, evaluate, then save, so that a restored run never repeats or lacks a row.
+        meter = Meter(config, mesh, carried)
+        batches = train_batches(
+            corpus.train,
+            config.data.weights,
+            seed=config.seed,
+            batch_size=config.training.batch_size,
+            start_step=start_step,
+            workers=config.data.workers,
+        )
+        if start_step == 0:
+            writer.write(meter.validation_row(0, validate(state["parameters"])))
+        meter.start()
+        for step in range(start_step + 1, config.training.steps + 1):
+            batch = next(batches)
+            state, metrics = train_step(state, place_batch(batch, mesh))
+            meter.count(batch)
+            last = step == config.training.steps
+            if step % config.training.log_every == 0 or last:
+                row = meter.training_row(step, metrics)
+                writer.write(row)
+                progress.update(step, row)
+            meter.stop(state)
+            if step % config.training.eval_every == 0 and not last:
+                row = meter.validation_row(step, validate(state["parameters"]))
+                writer.write(row)
+                progress.message(_validation_line(row))
+            if step % config.training.checkpoint_every == 0 or last or preemption.requested:
+                checkpoints.save(step, state, metadata=meter.totals | corpus.digests)
+            if preemption.requested and not last:
+                checkpoints.wait()
+                progress.message(f"preempted: saved step {step}; the same command resumes there")
+                progress.close()
+                return PREEMPTED
+            meter.start()
+
+        # --- The last checkpoint is on disk before the row that says the run is finished.
+        checkpoints.wait()
+        if (writer.last_row("val") or {}).get("step") != config.training.steps:
+            row = meter.validation_row(config.training.steps, validate(state["parameters"]))
+            writer.write(row)
+            progress.message(_validation_line(row))
+        progress.close()
+    return DONE
+
+
+def _compile(config: Config, optimizer: optax.GradientTransformation, state: State, mesh: Mesh) -> Any:
+    shape = (config.training.batch_size, config.model.context_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, dtype in {
+            "inputs": jnp.int32,
+            "targets": jnp.int32,
+            "segment_ids": jnp.int32,
+            "loss_mask": jnp.float32,
+        }.items()
+    }
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=replicated(mesh))
+    return step.lower(state, batch).compile()
+
+
+def _validation_line(row: dict[str, Any]) -> str:
+    return f"step {row['step']}: validation loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte"

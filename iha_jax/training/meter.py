@@ -1,0 +1,90 @@
+"""Counting what a run has cost so far: tokens, useful FLOPs, seconds; and the rows of `metrics.jsonl` made of them."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from iha_jax.accounting import peak_flops, training_flops_per_token
+from iha_jax.config import Config
+from iha_jax.training.optimizer import learning_rate_schedule
+
+
+class Meter:
+    """Totals since step 0, carried over restarts. The clock runs between `start` and `stop`: training alone counts,
+    not compilation, evaluation or saving."""
+
+    def __init__(self, config: Config, mesh: Mesh, carried: dict[str, Any]):
+        self._config = config
+        self._schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+        self._flops_per_step = (
+            training_flops_per_token(config.model) * config.training.batch_size * config.model.context_length
+        )
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * mesh.size if peak else None
+        self._tokens, self._seconds = float(carried.get("tokens", 0)), float(carried.get("seconds", 0))
+        self._window = (0, self._tokens, self._seconds)  # steps, tokens and seconds at the last training row
+        self._steps = 0
+        self._started = time.perf_counter()
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, state: Any) -> None:
+        """Stops the clock; call it before anything that is not training. Waits for the step only on a CPU, where
+        queued steps would otherwise be paid for by whoever comes next."""
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(state["step"])
+        now = time.perf_counter()
+        self._seconds += now - self._started
+        self._started = now
+
+    def count(self, batch: dict[str, np.ndarray]) -> None:
+        self._tokens += float(batch["loss_mask"].sum())
+        self._steps += 1
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What a checkpoint carries, so that a resumed run goes on counting."""
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def training_row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+        """One `train` row: loss of this step, throughput since the last row. Waits for the step to finish."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.stop({"step": metrics["loss"]})
+        steps, tokens, seconds = (
+            now - then for now, then in zip((self._steps, self._tokens, self._seconds), self._window, strict=True)
+        )
+        self._window = (self._steps, self._tokens, self._seconds)
+        flops_per_second = self._flops_per_step * steps / seconds
+        return {
+            "step": step,
+            "split": "train",
+            "loss": values["loss"],
+            **self._costs(step),
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops_per_second / self._peak if self._peak else None,
+            "grad_norm": values["grad_norm"],
+            "learning_rate": float(self._schedule(step - 1)),
+        }
+
+    def validation_row(self, step: int, numbers: dict[str, float]) -> dict[str, Any]:
+        """One `val` row: losses and diagnostics at what cost."""
+        costs = self._costs(step) | {"peak_memory_bytes": peak_memory_bytes()}
+        return {"step": step, "split": "val", **numbers, **costs}
+
+    def _costs(self, step: int) -> dict[str, float]:
+        return {"tokens": self._tokens, "flops": self._flops_per_step * step, "seconds": self._seconds}
+
+
+def peak_memory_bytes() -> int:
+    """The largest memory held so far: of the first local device where it says so, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,78 @@
+"""Where a run's first state comes from: its own last checkpoint, another run's parameters, or the seed."""
+
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from iha_jax.config import Config, ConfigError
+from iha_jax.model import abstract_parameters
+from iha_jax.model.warm_start import warm_start
+from iha_jax.parallel.mesh import replicated
+from iha_jax.training.checkpoint import Checkpointer
+from iha_jax.training.run_directory import load_run_config
+from iha_jax.training.step import State, initial_state
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the training state; allocates nothing."""
+    state = jax.eval_shape(lambda: initial_state(config, optimizer))
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+
+
+def starting_state(
+    config: Config, optimizer: optax.GradientTransformation, checkpoints: Checkpointer, mesh: Mesh
+) -> tuple[State, dict[str, Any]]:
+    """`(state, metadata of its checkpoint)`: the last checkpoint's, else a new state and no metadata.
+
+    A new state is `initial_state`, its parameters replaced by `training.init_from`'s where that is set.
+    """
+    step = checkpoints.latest_step()
+    if step is not None:
+        return checkpoints.restore(abstract_state(config, optimizer, mesh), step), checkpoints.metadata(step)
+    state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=replicated(mesh))()
+    if config.training.init_from:
+        source_config, source = _load_source(config, mesh)
+        parameters = warm_start(state["parameters"], config.model, source, source_config.model)
+        state["parameters"] = jax.device_put(parameters, replicated(mesh))
+    return state, {}
+
+
+def check_source(config: Config) -> None:
+    """Refuses, before anything is written, a `training.init_from` whose parameters do not fit. Reads no arrays."""
+    if not config.training.init_from:
+        return
+    source_config = load_run_config(config.training.init_from)
+    with _source_checkpoints(config) as checkpoints:
+        _source_step(config, checkpoints)
+    shapes = jax.eval_shape(
+        lambda target, source: warm_start(target, config.model, source, source_config.model),
+        abstract_parameters(config.model),
+        abstract_parameters(source_config.model),
+    )
+    del shapes
+
+
+def _load_source(config: Config, mesh: Mesh) -> tuple[Config, Any]:
+    source_config = load_run_config(config.training.init_from)
+    sharding = replicated(mesh)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_parameters(source_config.model),
+    )
+    with _source_checkpoints(config) as checkpoints:
+        return source_config, checkpoints.restore_parameters(like, _source_step(config, checkpoints))
+
+
+def _source_checkpoints(config: Config) -> Checkpointer:
+    return Checkpointer(epath.Path(config.training.init_from) / "checkpoints", keep=None)
+
+
+def _source_step(config: Config, checkpoints: Checkpointer) -> int:
+    step = config.training.init_from_step or checkpoints.latest_step()
+    if step is None:
+        raise ConfigError([f"config.training.init_from = {config.training.init_from!r}: no checkpoint there"])
+    return step

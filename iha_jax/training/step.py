@@ -1,0 +1,82 @@
+"""The training state and the two jitted functions of a run: one optimizer step, one evaluation batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from iha_jax.config import Config
+from iha_jax.model import bind, initialize
+from iha_jax.training.loss import summed_loss
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+def initial_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+    """`{"parameters", "optimizer", "step"}` before the first step; a function of `config.seed` alone."""
+    parameters = initialize(config.model, jax.random.key(config.seed))
+    return {"parameters": parameters, "optimizer": optimizer.init(parameters), "step": jnp.zeros((), jnp.int32)}
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """Returns `step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    The gradient is that of the mean loss over all counted tokens of the batch, whatever `training.accumulation` is:
+    micro-batches are summed and divided by the token count of the whole batch. Metrics: `loss` (nats a token),
+    `grad_norm` before clipping, `counted_tokens`.
+    """
+    accumulation = config.training.accumulation
+
+    def objective(parameters: State, batch: Batch, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total, nll = _summed(config, parameters, batch)
+        return total / count, nll / count
+
+    grad = jax.grad(objective, has_aux=True)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        parameters = state["parameters"]
+        counted = batch["loss_mask"].sum()
+        count = jnp.maximum(counted, 1)
+        if accumulation == 1:
+            gradients, loss = grad(parameters, batch, count)
+        else:
+
+            def add(sums: Any, micro: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, grad(parameters, micro, count)), None
+
+            # Micro-batch i takes rows i, i + A, ...: every device keeps its own rows.
+            micro = {k: jnp.moveaxis(v.reshape(-1, accumulation, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+            zeros = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), jnp.float32)
+            (gradients, loss), _ = jax.lax.scan(add, zeros, micro)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], parameters)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), "counted_tokens": counted}
+        new_state = {
+            "parameters": optax.apply_updates(parameters, updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+        }
+        return new_state, metrics
+
+    return step
+
+
+def make_eval_step(config: Config) -> Callable[[State, Batch], jax.Array]:
+    """Returns `step(parameters, batch) -> summed negative log-likelihood` (nats) over the counted tokens."""
+
+    def step(parameters: State, batch: Batch) -> jax.Array:
+        return _summed(config, parameters, batch)[1]
+
+    return step
+
+
+def _summed(config: Config, parameters: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    if not config.data.document_attention:
+        # Padding (segment 0) still must not be seen: one segment for everything else.
+        batch = batch | {"segment_ids": jnp.minimum(batch["segment_ids"], 1)}
+    model = bind(config.model, parameters)
+    return summed_loss(model, batch, z_loss=config.training.z_loss, chunk=config.training.loss_chunk)

@@ -1,0 +1,32 @@
+"""What is measured at every evaluation: validation loss, bits per byte, and IHA's diagnostics."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from iha_jax.config import Config
+from iha_jax.data.batches import validation_batches
+from iha_jax.data.corpus import Corpus
+from iha_jax.evaluation.perplexity import evaluate
+from iha_jax.training.diagnostics import make_diagnostics
+from iha_jax.training.step import make_eval_step
+
+
+class Validation:
+    """`Validation(config, corpus, mesh)(parameters)` gives the numbers of one `val` row, always on the same rows."""
+
+    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh):
+        self._config, self._corpus, self._mesh = config, corpus, mesh
+        self._eval_step = jax.jit(make_eval_step(config))
+        self._diagnostics = make_diagnostics(config)
+
+    def __call__(self, parameters: Any) -> dict[str, float]:
+        training = self._config.training
+        batches = validation_batches(
+            self._corpus.validation, batch_size=training.eval_batch_size, num_rows=training.eval_rows or None
+        )
+        numbers = evaluate(self._eval_step, parameters, batches, self._corpus.tokenizer.byte_lengths, self._mesh)
+        first = next(iter(validation_batches(self._corpus.validation, batch_size=1, num_rows=1)))
+        found = self._diagnostics(parameters, first["inputs"], first["segment_ids"])
+        return numbers | {name: float(value) for name, value in found.items()}
