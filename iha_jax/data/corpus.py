@@ -42,18 +42,24 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 def open_corpus(config: Config) -> Corpus:
     """Opens (on first use: prepares) the rows of every source. Raises ValueError for data that cannot be used."""
-    data, tokenizer = config.data, open_tokenizer(config)
+    tokenizer = open_tokenizer(config)
+    train = [_open(config, tokenizer, source, config.data.train_split) for source in config.data.sources]
+    return Corpus(tokenizer, train, open_validation_rows(config, tokenizer))
 
-    def rows(source: str, split: str) -> Rows:
-        return open_rows(
-            source=source,
-            split=split,
-            data_dir=data.data_dir,
-            tokenizer=tokenizer,
-            context_length=config.model.context_length,
-            cache_dir=data.cache_dir,
-            text_feature=data.text_feature,
-        )
 
-    train = [rows(source, data.train_split) for source in data.sources]
-    return Corpus(tokenizer, train, rows(data.sources[0], data.validation_split))
+def open_validation_rows(config: Config, tokenizer: Tokenizer) -> Rows:
+    """The validation rows: those of the first source."""
+    return _open(config, tokenizer, config.data.sources[0], config.data.validation_split)
+
+
+def _open(config: Config, tokenizer: Tokenizer, source: str, split: str) -> Rows:
+    data = config.data
+    return open_rows(
+        source=source,
+        split=split,
+        data_dir=data.data_dir,
+        tokenizer=tokenizer,
+        context_length=config.model.context_length,
+        cache_dir=data.cache_dir,
+        text_feature=data.text_feature,
+    )

@@ -23,6 +23,14 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
 
+def abstract_parameters_on(config: Config, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters alone."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_parameters(config.model)
+    )
+
+
 def starting_state(
     config: Config, optimizer: optax.GradientTransformation, checkpoints: Checkpointer, mesh: Mesh
 ) -> tuple[State, dict[str, Any]]:
@@ -48,21 +56,16 @@ def check_source(config: Config) -> None:
     source_config = load_run_config(config.training.init_from)
     with _source_checkpoints(config) as checkpoints:
         _source_step(config, checkpoints)
-    shapes = jax.eval_shape(
+    jax.eval_shape(
         lambda target, source: warm_start(target, config.model, source, source_config.model),
         abstract_parameters(config.model),
         abstract_parameters(source_config.model),
     )
-    del shapes
 
 
 def _load_source(config: Config, mesh: Mesh) -> tuple[Config, Any]:
     source_config = load_run_config(config.training.init_from)
-    sharding = replicated(mesh)
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract_parameters(source_config.model),
-    )
+    like = abstract_parameters_on(source_config, mesh)
     with _source_checkpoints(config) as checkpoints:
         return source_config, checkpoints.restore_parameters(like, _source_step(config, checkpoints))
 
