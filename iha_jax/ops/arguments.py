@@ -1,0 +1,80 @@
+"""Checks of arguments at trace time: what was got, what was expected, under the argument's name."""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from iha_jax.array_types import Array
+
+_LATER = {
+    "cudnn": "needs cuDNN on a GPU; not part of this release",
+    "splash": "needs a TPU; not part of this release",
+    "fused": "is not part of this release",
+}
+
+
+def check_implementation(name: str, available: Sequence[str], automatic: str) -> str:
+    """The implementation `name` stands for; ValueError when there is none."""
+    if name == "auto":
+        return automatic
+    if name in available:
+        return name
+    close = difflib.get_close_matches(str(name), available, n=1)
+    why = f": {_LATER[name]}" if name in _LATER else f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"implementation = {name!r}{why}; expected 'auto' or one of {', '.join(map(repr, available))}")
+
+
+def check_attention(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> None:
+    """Ranks, head counts, dtypes, window and segments of `q [B, N, H, d]`, `k [B, N, K, d]`, `v [B, N, K, e]`."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {x.shape}; expected rank 4: [batch, tokens, heads, width]")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected {q.dtype} as q has; cast one of them")
+    B, N, H, d = q.shape
+    K = k.shape[2]
+    if k.shape != (B, N, K, d):
+        raise ValueError(f"k has shape {k.shape}; expected [{B}, {N}, K, {d}] to go with q {q.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v has shape {v.shape}; expected [{B}, {N}, {K}, e] to go with k {k.shape}")
+    if K < 1 or H % K:
+        raise ValueError(f"k has {K} key/value heads; expected a divisor of the {H} heads of q")
+    check_window(window)
+    if segment_ids is not None:
+        if segment_ids.shape != (B, N):
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}; expected {(B, N)}, one id a token")
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f"segment_ids has dtype {segment_ids.dtype}; expected integers, 0 for padding")
+
+
+def check_window(window: int | None) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window = {window!r}; expected None or a positive number of tokens")
+
+
+def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array) -> None:
+    """`alpha_q [H, H, P]`, `alpha_k, alpha_v [K, H, P]`, `collapse [H, H, P]` or `[H, P]`, of q's dtype."""
+    H, K = q.shape[2], k.shape[2]
+    shape = jax.numpy.shape(alphas["alpha_q"])
+    if len(shape) != 3 or shape[:2] != (H, H) or shape[2] < 1:
+        raise ValueError(f"alpha_q has shape {shape}; expected [{H}, {H}, P]: source head, head, pseudo-head")
+    P = shape[2]
+    for name in ("alpha_k", "alpha_v"):
+        if alphas[name].shape != (K, H, P):
+            raise ValueError(
+                f"{name} has shape {alphas[name].shape}; expected {(K, H, P)}: key head, head, pseudo"
+            )
+    if collapse.shape not in ((H, H, P), (H, P)):
+        raise ValueError(f"collapse has shape {collapse.shape}; expected {(H, H, P)} (global) or {(H, P)} (per head)")
+    for name, x in (*alphas.items(), ("collapse", collapse)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected {q.dtype} as q has; cast one of them")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, choices))}")

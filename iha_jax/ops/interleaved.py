@@ -1,0 +1,104 @@
+"""Interleaved Head Attention (IHA), arXiv 2602.21371, section 4: mix heads, interleave, attend once, collapse.
+
+    q~[n, h, p] = sum_m alpha_q[m, h, p] q[n, m]            mix: H pseudo-queries of each of P kinds; k~, v~ likewise
+    (n, p) -> virtual position n*P + p                      interleave: N*P virtual tokens a head
+    o = softmax(rope(q~) rope(k~)^T / sqrt(d)) v~           one ordinary attention a head, causal and windowed
+    out[n, g] = sum_{h, p} collapse[g, h, p] o[n, h, p]     collapse: back to H heads
+
+Shapes: B batch, N tokens, H heads, K key/value heads, P pseudo-heads, d head width, e value width.
+"""
+
+import jax.numpy as jnp
+
+from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops import reference
+from iha_jax.ops.arguments import check_attention, check_choice, check_implementation, check_mixing
+from iha_jax.ops.streaming import streaming_interleaved_attention
+
+IMPLEMENTATIONS = ("reference", "streaming")
+
+
+def resolve_interleaved_implementation(name: str = "auto") -> str:
+    """What `implementation=name` of `interleaved_head_attention` runs: "auto" is "streaming" on every device.
+
+    Raises:
+      ValueError: for a name that does not exist or cannot run here.
+    """
+    return check_implementation(name, IMPLEMENTATIONS, "streaming")
+
+
+def mix_heads(x: Float[Array, "B N S d"], alpha: Float[Array, "S H P"]) -> Float[Array, "B N H P d"]:
+    """`out[n, h, p] = sum_m alpha[m, h, p] x[n, m]`: the pseudo-heads of each head (section 4, step 2)."""
+    return jnp.einsum("bnmd,mhp->bnhpd", x, alpha)
+
+
+def interleave(x: Float[Array, "B N H P d"]) -> Float[Array, "B N*P H d"]:
+    """Token n, pseudo-head p to virtual token `n*P + p` (section 4, step 3)."""
+    B, N, H, P, d = x.shape
+    return jnp.swapaxes(x, 2, 3).reshape(B, N * P, H, d)
+
+
+def collapse_heads(
+    x: Float[Array, "B N H P d"], collapse: Float[Array, "H H P"] | Float[Array, "H P"]
+) -> Float[Array, "B N H d"]:
+    """`out[n, g] = sum_{h,p} R[g, h, p] x[n, h, p]` (global), or `out[n, h] = sum_p R[h, p] x[n, h, p]` (per head)."""
+    if collapse.ndim == 3:
+        return jnp.einsum("bnhpd,ghp->bngd", x, collapse)
+    return jnp.einsum("bnhpd,hp->bnhd", x, collapse)
+
+
+def interleaved_head_attention(
+    q: Float[Array, "B N H d"],
+    k: Float[Array, "B N K d"],
+    v: Float[Array, "B N K e"],
+    alpha_q: Float[Array, "H H P"],
+    alpha_k: Float[Array, "K H P"],
+    alpha_v: Float[Array, "K H P"],
+    collapse: Float[Array, "H H P"] | Float[Array, "H P"],
+    *,
+    causal: bool = True,
+    causality: str = "virtual",
+    window: int | None = None,
+    rope_theta: float | None = None,
+    rope_positions: str = "virtual",
+    segment_ids: Int[Array, "B N"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B N H e"]:
+    """IHA from unmixed, unrotated queries, keys and values to collapsed outputs (formula at the top of this file).
+
+    Args:
+      causality: the unit of the mask. "virtual": virtual token i sees j when `0 <= i - j < window * P`, so inside a
+        token pseudo-query p sees pseudo-keys up to p. "token": token n sees all P pseudo-keys of token m when
+        `0 <= n - m < window`. With `causal=False` both use the absolute difference.
+      window: in tokens, the query's own included; None, or at least N: all.
+      rope_theta: base of RoPE on mixed queries and keys, None for none; `rope_positions`: "virtual" (n*P + p) or
+        "token" (n).
+      segment_ids: integers, a token sees its own segment; 0 is padding: output and gradients exactly 0.
+      implementation: "reference" (loops, for tests), "streaming" (XLA on any device; holds the pseudo-tokens of one
+        chunk and its window at a time, the backward pass recomputes them), or "auto".
+
+    Scores and softmax are computed in float32 (float64 for float64 inputs); the result has the dtype of `q`.
+
+    Raises:
+      ValueError: at trace time, naming the argument, what was got and what was expected.
+    """
+    check_attention(q, k, v, window, segment_ids)
+    check_mixing(q, k, {"alpha_q": alpha_q, "alpha_k": alpha_k, "alpha_v": alpha_v}, collapse)
+    check_choice("causality", causality, ("virtual", "token"))
+    check_choice("rope_positions", rope_positions, ("virtual", "token"))
+    if rope_theta is not None and not (rope_theta > 0 and q.shape[-1] % 2 == 0):
+        raise ValueError(f"rope_theta = {rope_theta}, head width {q.shape[-1]}; expected theta > 0 and an even width")
+    chosen = resolve_interleaved_implementation(implementation)
+    attend = reference.interleaved_head_attention if chosen == "reference" else streaming_interleaved_attention
+    return attend(
+        q,
+        k,
+        v,
+        (alpha_q, alpha_k, alpha_v, collapse),
+        causal=causal,
+        causality=causality,
+        window=None if window is None or window >= q.shape[1] else window,
+        rope_theta=rope_theta,
+        rope_positions=rope_positions,
+        segment_ids=segment_ids,
+    )

@@ -1,0 +1,216 @@
+"""Streaming IHA in XLA, for any device: pseudo-tokens exist only for one chunk of queries and the keys it can reach.
+
+RoPE is linear in the head axis and additive in the position, so `rope(n*P + p) . mix = rope(p) . mix . rope(n*P)`:
+queries and keys are rotated once, unmixed, by n*P, and after mixing by the fixed p. Inside a chunk virtual tokens stand
+pseudo-major (p, c), which makes mixing and collapse plain matrix products over heads; only the mask needs the order.
+
+Shapes: b batch times chunks of a step, H heads, S source heads (H or K), P pseudo-heads, C query tokens of a chunk,
+M key tokens it can reach, d head width, e value width; x = P*C and y = P*M virtual tokens.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
+from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
+from iha_jax.ops.softmax_attention import masked_softmax_attention, same_segment
+
+VIRTUAL_QUERIES = 128  # a chunk has at least so many, enough to keep a matrix unit busy
+SCORES_A_STEP = 2**21  # float32 scores held at once, 8 MiB: chunks are batched up to it
+VIRTUAL_KEYS_GLOBAL = 256  # virtual queries and keys of a chunk when there is no window
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Everything about the virtual sequence but the data."""
+
+    N: int
+    P: int
+    window: int | None
+    causal: bool
+    causality: str
+    rope_theta: float | None
+    rope_positions: str
+
+    @property
+    def halo(self) -> tuple[int, int]:
+        """Tokens before and after a chunk that its queries can reach. Under virtual causality query (n, 0) sees
+        pseudo-keys 1..P-1 of token n - window; for P = 1 there are none."""
+        assert self.window is not None
+        reach = self.window if self.causality == "virtual" and self.P > 1 else self.window - 1
+        return reach, 0 if self.causal else reach
+
+    def near(self, query_tokens: Array, key_tokens: Array) -> Array:
+        """[x, y]: which pairs of virtual tokens, pseudo-major, causality and window allow."""
+        unit = self.P if self.causality == "virtual" else 1
+
+        def positions(tokens: Array) -> Array:
+            offsets = jnp.arange(self.P)[:, None] if self.causality == "virtual" else jnp.zeros((self.P, 1), jnp.int32)
+            return (tokens[None] * unit + offsets).reshape(-1)
+
+        distance = positions(query_tokens)[:, None] - positions(key_tokens)[None]
+        allowed = distance >= 0 if self.causal else jnp.ones_like(distance, bool)
+        return allowed if self.window is None else allowed & (jnp.abs(distance) < self.window * unit)
+
+    def rotate_tokens(self, x_BSNd: Array) -> Array:
+        """RoPE by the token's part of the virtual position, before mixing."""
+        if self.rope_theta is None:
+            return x_BSNd
+        stride = self.P if self.rope_positions == "virtual" else 1
+        tables = rotation_of_range(self.N, stride, x_BSNd.shape[-1], self.rope_theta, working_dtype(x_BSNd))
+        return rotate(x_BSNd, *tables)
+
+    def mix(self, x_bSCd: Array, alpha_SHP: Array, rotated: bool = True) -> Array:
+        """[b, S, C, d] to pseudo-major virtual tokens [b, H, P*C, d], with the pseudo-head's part of RoPE."""
+        mixed = jnp.einsum("bmcd,mhp->bhpcd", x_bSCd, alpha_SHP)
+        if rotated and self.rope_theta is not None and self.rope_positions == "virtual":
+            cos, sin = rotation(np.arange(self.P), x_bSCd.shape[-1], self.rope_theta, working_dtype(x_bSCd))
+            mixed = rotate(mixed, cos[:, None], sin[:, None])
+        return mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1])
+
+    def scores(self, q_bHxd: Array, k_bHyd: Array) -> Array:
+        scale = 1 / math.sqrt(q_bHxd.shape[-1])
+        return jnp.einsum("bhxd,bhyd->bhxy", q_bHxd * scale, k_bHyd, preferred_element_type=working_dtype(q_bHxd))
+
+    def collapse(self, out_bHxe: Array, R: Array) -> Array:
+        """[b, H, P*C, e] to [b, H, C, e] with R [H, H, P] or [H, P]."""
+        out = out_bHxe.reshape(*out_bHxe.shape[:2], self.P, -1, out_bHxe.shape[-1]).astype(R.dtype)
+        return jnp.einsum("bhpce,ghp->bgce" if R.ndim == 3 else "bhpce,hp->bhce", out, R)
+
+    def virtual(self, ids_bC: Array) -> Array:
+        """[b, C] to [b, P*C], pseudo-major."""
+        return jnp.tile(ids_bC, (1, self.P))
+
+
+def chunk_tokens(N: int, P: int, window: int | None) -> int:
+    """The rule: windowed, as many tokens as the window (scores computed are then twice those seen), but at least
+    `VIRTUAL_QUERIES / P`; unwindowed, `VIRTUAL_KEYS_GLOBAL / P`; never more than the sequence has."""
+    if window is None:
+        return min(N, max(1, VIRTUAL_KEYS_GLOBAL // P))
+    return min(N, max(window, VIRTUAL_QUERIES // P, 1))
+
+
+def streaming_interleaved_attention(
+    q: Float[Array, "B N H d"],
+    k: Float[Array, "B N K d"],
+    v: Float[Array, "B N K e"],
+    mixing: tuple[Array, Array, Array, Array],
+    *,
+    causal: bool,
+    causality: str,
+    window: int | None,
+    rope_theta: float | None,
+    rope_positions: str,
+    segment_ids: Int[Array, "B N"] | None,
+    chunk: int | None = None,
+) -> Float[Array, "B N H e"]:
+    """`interleaved_head_attention`, chunk by chunk; `chunk` overrides `chunk_tokens`'s choice of query tokens."""
+    N, P = q.shape[1], mixing[0].shape[-1]
+    space = Geometry(N, P, window, causal, causality, rope_theta, rope_positions)
+    size = chunk or chunk_tokens(N, P, window)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    q, k = space.rotate_tokens(q), space.rotate_tokens(k)
+    ids = jnp.ones((q.shape[0], N), jnp.int32) if segment_ids is None else segment_ids
+    run = _unwindowed if window is None else _windowed
+    out = run(space, size, q, k, v, ids, mixing)
+    return jnp.swapaxes(out, 1, 2).astype(q.dtype)
+
+
+def _windowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Array, mixing: tuple) -> Array:
+    alpha_q, alpha_k, alpha_v, R = mixing
+    before, after = space.halo
+    reach = before + size + after
+    near = space.near(jnp.arange(size), jnp.arange(reach) - before)
+
+    @jax.checkpoint
+    def step(q_bHCd: Array, k_bKMd: Array, v_bKMe: Array, ids_bC: Array, ids_bM: Array) -> Array:
+        scores = space.scores(space.mix(q_bHCd, alpha_q), space.mix(k_bKMd, alpha_k))
+        visible = near & same_segment(space.virtual(ids_bC), space.virtual(ids_bM))[:, None]
+        values = space.mix(v_bKMe, alpha_v, rotated=False)
+        return space.collapse(masked_softmax_attention(scores, visible, values, "bhxy,bhye->bhxe"), R)
+
+    chunks = (
+        chunk_rows(q, size),
+        chunk_windows(k, size, before, after),
+        chunk_windows(v, size, before, after),
+        chunk_rows(ids, size, axis=1),
+        chunk_windows(ids, size, before, after, axis=1),
+    )
+    count, B = chunks[0].shape[:2]
+    together = max(1, min(count, SCORES_A_STEP // (B * q.shape[1] * space.P**2 * size * reach)))
+    steps = -(-count // together)
+    together = -(-count // steps)
+
+    def batch(x: Array) -> Array:
+        x = jnp.pad(x, [(0, steps * together - count)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(steps, together * B, *x.shape[2:])
+
+    _, out = jax.lax.scan(lambda _, xs: (None, step(*xs)), None, tuple(map(batch, chunks)))
+    return join_chunks(out.reshape(steps * together, B, *out.shape[2:])[:count], space.N)
+
+
+def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Array, mixing: tuple) -> Array:
+    """Two passes over key chunks a query chunk: log-sum-exp, without gradient, then weighted sums.
+
+    With `w = exp(score - lse)` the output is `sum w v / sum w`; both sums are plain additions over key chunks, so the
+    backward pass keeps no running maximum, and each key chunk is recomputed on its own.
+    """
+    alpha_q, alpha_k, alpha_v, R = mixing
+    qs, ks, vs = (chunk_rows(x, size) for x in (q, k, v))
+    segments = chunk_rows(ids, size, axis=1)
+    starts = jnp.arange(qs.shape[0]) * size
+
+    def pair(q_bHxd: Array, query: tuple[Array, Array], key: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        k_BKMd, ids_BM, start = key
+        scores = space.scores(q_bHxd, space.mix(k_BKMd, alpha_k))
+        near = space.near(query[1] + jnp.arange(size), start + jnp.arange(size))
+        visible = near & same_segment(space.virtual(query[0]), space.virtual(ids_BM))[:, None]
+        return scores, visible
+
+    def reachable(query_start: Array, key_start: Array) -> Array:
+        return (key_start <= query_start) | (not space.causal)
+
+    @jax.checkpoint
+    def query_chunk(q_BHCd: Array, ids_BC: Array, query_start: Array, ks: Array, vs: Array) -> Array:
+        mixed = space.mix(q_BHCd, alpha_q)
+        query = (ids_BC, query_start)
+
+        def add_to_lse(lse: Array, key: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            def visit(lse: Array) -> Array:
+                scores, visible = pair(mixed, query, key)
+                return jnp.logaddexp(lse, jax.nn.logsumexp(jnp.where(visible, scores, -1e30), axis=-1))
+
+            return jax.lax.cond(reachable(query_start, key[2]), visit, lambda lse: lse, lse), None
+
+        lse = jnp.full(mixed.shape[:-1], -1e30, working_dtype(mixed))
+        lse = jax.lax.stop_gradient(jax.lax.scan(add_to_lse, lse, jax.lax.stop_gradient((ks, segments, starts)))[0])
+
+        @jax.checkpoint
+        def weighted(mixed: Array, key: tuple[Array, Array, Array], v_BKMe: Array) -> tuple[Array, Array]:
+            scores, visible = pair(mixed, query, key)
+            weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, -1e30) - lse[..., None]), 0)
+            values = space.mix(v_BKMe, alpha_v, rotated=False)
+            out = jnp.einsum(
+                "bhxy,bhye->bhxe", weights.astype(values.dtype), values, preferred_element_type=scores.dtype
+            )
+            return out, jnp.sum(weights, axis=-1, keepdims=True)
+
+        def add(sums: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], None]:
+            key, v_BKMe = xs
+
+            def visit(sums: tuple[Array, Array]) -> tuple[Array, Array]:
+                return jax.tree.map(jnp.add, sums, weighted(mixed, key, v_BKMe))
+
+            return jax.lax.cond(reachable(query_start, key[2]), visit, lambda sums: sums, sums), None
+
+        zeros = jnp.zeros((*mixed.shape[:-1], vs.shape[-1]), lse.dtype), jnp.zeros((*mixed.shape[:-1], 1), lse.dtype)
+        (out, total), _ = jax.lax.scan(add, zeros, ((ks, segments, starts), vs))
+        return space.collapse(out / jnp.where(total > 0, total, 1), R)
+
+    _, out = jax.lax.scan(lambda _, xs: (None, query_chunk(*xs, ks, vs)), None, (qs, segments, starts))
+    return join_chunks(out, space.N)
