@@ -1,4 +1,4 @@
-"""Streaming IHA and block-wise attention equal the loops of the reference: forward and every gradient, float32 and float64."""
+"""Streaming IHA and block-wise attention equal the reference: forward and every gradient, float32 and float64."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from iha_jax.ops.streaming import streaming_interleaved_attention
 
 B, N, D, E = 2, 13, 6, 5  # batch, tokens, head width, value width
 SEGMENTS = np.asarray([[1] * 4 + [2] * 6 + [0] * 3, [0, 7, 7, 7, 7, 7, 3, 3, 3, 3, 3, 3, 3]])
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
 def normal(seed, *shapes):

@@ -65,9 +65,7 @@ def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array) 
     P = shape[2]
     for name in ("alpha_k", "alpha_v"):
         if alphas[name].shape != (K, H, P):
-            raise ValueError(
-                f"{name} has shape {alphas[name].shape}; expected {(K, H, P)}: key head, head, pseudo"
-            )
+            raise ValueError(f"{name} has shape {alphas[name].shape}; expected {(K, H, P)}: key head, head, pseudo")
     if collapse.shape not in ((H, H, P), (H, P)):
         raise ValueError(f"collapse has shape {collapse.shape}; expected {(H, H, P)} (global) or {(H, P)} (per head)")
     for name, x in (*alphas.items(), ("collapse", collapse)):

@@ -47,7 +47,7 @@ def one_head(q_BId: Array, k_BJd: Array, v_BJe: Array, seen_BIJ: Array) -> Array
 
 def _seen(sees: Callable[[int, int], bool], tokens: list[int], segment_ids: Array | None, B: int) -> Array:
     """[B, I, I]: whether position i sees j by `sees`, and their tokens share a segment that is not padding."""
-    allowed = np.asarray([[sees(i, j) for j in range(len(tokens))] for i in range(len(tokens))])
+    allowed = jnp.asarray([[sees(i, j) for j in range(len(tokens))] for i in range(len(tokens))])
     if segment_ids is None:
         return jnp.broadcast_to(allowed, (B, *allowed.shape))
     own = segment_ids[:, np.asarray(tokens)]
@@ -111,7 +111,7 @@ def interleaved_head_attention(
             for m in range(x.shape[2]):
                 mixed = mixed + alpha[m, h, p] * x[:, :, m]
             kinds.append(mixed)
-        return jnp.stack([kinds[p][:, n] for n, p in virtual], axis=1)
+        return jnp.stack(kinds, axis=2).reshape(B, N * P, -1)
 
     seen = _seen(sees, [n for n, _ in virtual], segment_ids, B)
     outputs = []  # of head h: [B, N*P, e]

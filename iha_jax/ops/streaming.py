@@ -20,8 +20,8 @@ from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
 from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
 from iha_jax.ops.softmax_attention import masked_softmax_attention, same_segment
 
-VIRTUAL_QUERIES = 128  # a chunk has at least so many, enough to keep a matrix unit busy
-SCORES_A_STEP = 2**21  # float32 scores held at once, 8 MiB: chunks are batched up to it
+VIRTUAL_QUERIES = 32  # a chunk has at least so many; larger chunks compute more scores that the window hides
+SCORES_A_STEP = 2**18  # float32 scores held at once, 1 MiB: chunks are batched up to it, and stay in cache
 VIRTUAL_KEYS_GLOBAL = 256  # virtual queries and keys of a chunk when there is no window
 
 
@@ -67,7 +67,7 @@ class Geometry:
 
     def mix(self, x_bSCd: Array, alpha_SHP: Array, rotated: bool = True) -> Array:
         """[b, S, C, d] to pseudo-major virtual tokens [b, H, P*C, d], with the pseudo-head's part of RoPE."""
-        mixed = jnp.einsum("bmcd,mhp->bhpcd", x_bSCd, alpha_SHP)
+        mixed = jnp.einsum("mhp,bmcd->bhpcd", alpha_SHP, x_bSCd)
         if rotated and self.rope_theta is not None and self.rope_positions == "virtual":
             cos, sin = rotation(np.arange(self.P), x_bSCd.shape[-1], self.rope_theta, working_dtype(x_bSCd))
             mixed = rotate(mixed, cos[:, None], sin[:, None])
@@ -80,7 +80,7 @@ class Geometry:
     def collapse(self, out_bHxe: Array, R: Array) -> Array:
         """[b, H, P*C, e] to [b, H, C, e] with R [H, H, P] or [H, P]."""
         out = out_bHxe.reshape(*out_bHxe.shape[:2], self.P, -1, out_bHxe.shape[-1]).astype(R.dtype)
-        return jnp.einsum("bhpce,ghp->bgce" if R.ndim == 3 else "bhpce,hp->bhce", out, R)
+        return jnp.einsum("ghp,bhpce->bgce" if R.ndim == 3 else "hp,bhpce->bhce", R, out)
 
     def virtual(self, ids_bC: Array) -> Array:
         """[b, C] to [b, P*C], pseudo-major."""
@@ -190,7 +190,8 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
         lse = jnp.full(mixed.shape[:-1], -1e30, working_dtype(mixed))
         lse = jax.lax.stop_gradient(jax.lax.scan(add_to_lse, lse, jax.lax.stop_gradient((ks, segments, starts)))[0])
 
-        @jax.checkpoint
+        zeros = jnp.zeros((*mixed.shape[:-1], vs.shape[-1]), lse.dtype), jnp.zeros((*mixed.shape[:-1], 1), lse.dtype)
+
         def weighted(mixed: Array, key: tuple[Array, Array, Array], v_BKMe: Array) -> tuple[Array, Array]:
             scores, visible = pair(mixed, query, key)
             weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, -1e30) - lse[..., None]), 0)
@@ -200,15 +201,14 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
             )
             return out, jnp.sum(weights, axis=-1, keepdims=True)
 
+        # The condition stands inside the checkpoint: a condition's residuals would be kept for every key chunk.
+        @jax.checkpoint
+        def contribution(mixed: Array, key: tuple[Array, Array, Array], v_BKMe: Array) -> tuple[Array, Array]:
+            return jax.lax.cond(reachable(query_start, key[2]), weighted, lambda *_: zeros, mixed, key, v_BKMe)
+
         def add(sums: tuple[Array, Array], xs: tuple) -> tuple[tuple[Array, Array], None]:
-            key, v_BKMe = xs
+            return jax.tree.map(jnp.add, sums, contribution(mixed, *xs)), None
 
-            def visit(sums: tuple[Array, Array]) -> tuple[Array, Array]:
-                return jax.tree.map(jnp.add, sums, weighted(mixed, key, v_BKMe))
-
-            return jax.lax.cond(reachable(query_start, key[2]), visit, lambda sums: sums, sums), None
-
-        zeros = jnp.zeros((*mixed.shape[:-1], vs.shape[-1]), lse.dtype), jnp.zeros((*mixed.shape[:-1], 1), lse.dtype)
         (out, total), _ = jax.lax.scan(add, zeros, ((ks, segments, starts), vs))
         return space.collapse(out / jnp.where(total > 0, total, 1), R)
 

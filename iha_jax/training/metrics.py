@@ -1,0 +1,122 @@
+"""`metrics.jsonl`, always; TensorBoard and Weights & Biases where installed and asked for."""
+
+import json
+import math
+import os
+from typing import Any, Self
+
+import jax
+from etils import epath
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line torn by a kill is left out. Raises ValueError for other bad lines."""
+    path, rows = epath.Path(path), []
+    if not path.exists():
+        return rows
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the write was cut off
+                break
+            raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows, one flat JSON object a line, flushed each time. Numbers that are not finite become null.
+
+    On resume (`resume_step` not None) rows after that step are dropped; on a new start all are. Only process 0 writes.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, *, resume_step: int | None, tensorboard: bool = False, wandb_project: str = ""
+    ):
+        self._path = epath.Path(directory) / FILE
+        self._active = jax.process_index() == 0
+        kept = read_metrics(self._path) if resume_step is not None else []
+        self._rows = [row for row in kept if row["step"] <= (resume_step or 0)]
+        self._sinks = self._open_sinks(epath.Path(directory), tensorboard, wandb_project) if self._active else []
+        if self._active:
+            scratch = self._path.parent / f"{FILE}.tmp"
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+            scratch.replace(self._path)
+            self._file = open(os.fspath(self._path), "a", encoding="utf-8")
+
+    def _open_sinks(self, directory: epath.Path, tensorboard: bool, wandb_project: str) -> list[Any]:
+        sinks: list[Any] = []
+        if tensorboard:
+            sinks.append(_TensorBoard(directory / "tensorboard"))
+        if wandb_project:
+            sinks.append(_Wandb(directory, wandb_project))
+        return sinks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        row = {name: _finite(value) for name, value in row.items()}
+        self._rows.append(row)
+        if self._active:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        for sink in self._sinks:
+            sink.write(row)
+
+    def last_row(self, split: str) -> dict[str, Any] | None:
+        """The newest row of a split, those of before a resume included."""
+        return next((row for row in reversed(self._rows) if row["split"] == split), None)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_sinks(tensorboard: bool, wandb_project: str) -> None:
+    """Raises ValueError, naming the extra to install, when a sink is asked for whose library is missing."""
+    import importlib.util
+
+    for asked, library, extra in ((tensorboard, "tensorboardX", "tensorboard"), (wandb_project, "wandb", "wandb")):
+        if asked and importlib.util.find_spec(library) is None:
+            raise ValueError(f"config.training asks for {extra}, which is not installed: pip install 'iha_jax[{extra}]'")
+
+
+class _TensorBoard:
+    def __init__(self, directory: epath.Path):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(os.fspath(directory))
+
+    def write(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, directory: epath.Path, project: str):
+        import wandb
+
+        self._run = wandb.init(project=project, dir=os.fspath(directory), name=directory.name, resume="allow")
+
+    def write(self, row: dict[str, Any]) -> None:
+        values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split") and v is not None}
+        self._run.log(values, step=row["step"])
+
+    def close(self) -> None:
+        self._run.finish()

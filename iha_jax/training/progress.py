@@ -1,0 +1,46 @@
+"""What a terminal sees of a run: a progress bar there, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """`update` after each training row, `message` for everything else; both go to `stream` (stderr)."""
+
+    def __init__(self, steps: int, start_step: int, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._steps, self._start = steps, start_step
+        self._bar: tqdm | None = None
+        self._began = time.monotonic()
+        if self._stream.isatty():
+            self._bar = tqdm(total=steps, initial=start_step, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def update(self, step: int, row: dict[str, Any]) -> None:
+        loss = row["loss"] if row["loss"] is not None else float("nan")
+        rate = f"{row['tokens_per_second']:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
+            self._bar.update(step - self._bar.n)
+            return
+        elapsed = time.monotonic() - self._began
+        left = elapsed / max(1, step - self._start) * (self._steps - step)
+        self.message(f"step {step}/{self._steps}: loss {loss:.4f}, {rate}, {_duration(left)} left")
+
+    def message(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,171 @@
+"""A run directory: what is in it, when it may be used again, and who made it."""
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from iha_jax.config import Config, ConfigError, as_dict, resolve
+
+CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
+# Fields that cannot change a result: a used run directory accepts other values for them.
+FREE = frozenset(
+    {
+        "data.cache_dir",
+        "data.workers",
+        "training.tensorboard",
+        "training.wandb_project",
+        "training.keep_checkpoints",
+        "training.log_every",
+    }
+)
+_PACKAGES = ("iha_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets")
+
+
+class RunDirectoryError(ValueError):
+    """A run directory cannot be used for this."""
+
+
+class DataMismatch(RunDirectoryError):  # noqa: N818  a mismatch is what it is
+    """A run directory was trained on other data than is there now."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An opened run directory."""
+
+    path: epath.Path
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / CHECKPOINTS
+
+
+def check_run(workdir: str, config: Config) -> None:
+    """Refuses, writing nothing, a workdir that is a file, holds something else, or a run of another config."""
+    path = epath.Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"--workdir={workdir}: is a file; expected a directory, or a name that does not exist")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise RunDirectoryError(f"--workdir={workdir}: {parent} is a file, so nothing can be made under it")
+    if not (path / CONFIG).exists():
+        if (path / CHECKPOINTS).exists():
+            raise RunDirectoryError(f"--workdir={workdir}: holds checkpoints but no {CONFIG}; use another directory")
+        return
+    before, now = _flat(json.loads((path / CONFIG).read_text())), _flat(as_dict(config))
+    missing = object()
+    changed = [
+        f"  - {key}: {_shown(before.get(key, missing), missing)} in the run, {_shown(now.get(key, missing), missing)} now"
+        for key in sorted(before.keys() | now.keys())
+        if key not in FREE and before.get(key, missing) != now.get(key, missing)
+    ]
+    if changed:
+        raise RunDirectoryError(
+            f"--workdir={workdir}: was started with another config:\n" + "\n".join(changed) + "\n"
+            "use another workdir, or the config it was started with"
+        )
+
+
+def open_run(
+    workdir: str, config: Config, *, mesh: dict[str, int], digests: dict[str, str], implementations: dict[str, str]
+) -> RunDirectory:
+    """Creates or reopens a run directory: `config.json` once, `provenance.json` with one more entry a start.
+
+    Raises:
+      RunDirectoryError: as `check_run` does.
+      DataMismatch: when corpus, tokenizer or packed rows are not those of the run's first start.
+    """
+    check_run(workdir, config)
+    run = RunDirectory(epath.Path(workdir))
+    provenance_path = run.path / PROVENANCE
+    before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
+    changed = [
+        f"  - {name}: {before[name]} in the run, {digest} now"
+        for name, digest in digests.items()
+        if before.get(name, digest) != digest
+    ]
+    if changed:
+        raise DataMismatch(f"--workdir={workdir}: was started on other data:\n" + "\n".join(changed))
+    if jax.process_index() == 0:
+        run.path.mkdir(parents=True, exist_ok=True)
+        if not (run.path / CONFIG).exists():
+            _write(run.path / CONFIG, as_dict(config))
+        facts = {"mesh": mesh, "implementations": implementations}
+        _write(provenance_path, before | digests | {"runs": [*before["runs"], _provenance() | facts]})
+    return run
+
+
+def load_run_config(workdir: str) -> Config:
+    """The config a run was started with. Raises RunDirectoryError when the directory is no run or its config is bad."""
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        raise RunDirectoryError(f"{workdir}: is not a run directory (no {CONFIG})")
+    try:
+        return resolve(json.loads(path.read_text()))
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise RunDirectoryError(f"{path}: {error}") from error
+
+
+def _write(path: epath.Path, values: dict[str, Any]) -> None:
+    scratch = path.parent / f"{path.name}.tmp"
+    scratch.write_text(json.dumps(values, indent=2) + "\n")
+    scratch.replace(path)
+
+
+def _shown(value: Any, missing: object) -> str:
+    return "absent" if value is missing else repr(value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _provenance() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "code": _code_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device_kind": device.device_kind,
+        "device_platform": device.platform,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _code_revision() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"revision": git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}
