@@ -16,7 +16,7 @@ from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, data_mesh, 
 from iha_jax.training.banner import describe, kernels
 from iha_jax.training.checkpoint import Checkpointer
 from iha_jax.training.meter import Meter
-from iha_jax.training.metrics import MetricsWriter
+from iha_jax.training.metrics import MetricsWriter, check_sinks
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.preemption import Preemption
 from iha_jax.training.progress import Progress
@@ -48,6 +48,7 @@ def admit(config: Config, workdir: str) -> Job:
     check_batch_sizes(config, mesh.size)
     check_run(workdir, config)
     check_source(config)
+    check_sinks(config.training.tensorboard, config.training.wandb_project)
     return Job(config, workdir, mesh, open_corpus(config))
 
 
@@ -63,7 +64,12 @@ def train(job: Job) -> int:
     with (
         Preemption() as preemption,
         Checkpointer(run.checkpoints, keep=config.training.keep_checkpoints) as checkpoints,
-        MetricsWriter.of(run, config.training, resume_step=checkpoints.latest_step()) as writer,
+        MetricsWriter(
+            run.path,
+            resume_step=checkpoints.latest_step(),
+            tensorboard=config.training.tensorboard,
+            wandb_project=config.training.wandb_project,
+        ) as writer,
     ):
         # --- State: restored, warm-started or initial.
         state, carried = starting_state(config, optimizer, checkpoints, mesh)
