@@ -1,7 +1,6 @@
 """What a terminal sees of a run: a progress bar there, plain lines elsewhere."""
 
 import sys
-import time
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -12,9 +11,8 @@ class Progress:
 
     def __init__(self, steps: int, start_step: int, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
-        self._steps, self._start = steps, start_step
+        self._steps = steps
         self._bar: tqdm | None = None
-        self._began = time.monotonic()
         if self._stream.isatty():
             self._bar = tqdm(total=steps, initial=start_step, unit="step", file=self._stream, dynamic_ncols=True)
 
@@ -25,8 +23,7 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {rate}")
             self._bar.update(step - self._bar.n)
             return
-        elapsed = time.monotonic() - self._began
-        left = elapsed / max(1, step - self._start) * (self._steps - step)
+        left = row["seconds"] / step * (self._steps - step)
         self.message(f"step {step}/{self._steps}: loss {loss:.4f}, {rate}, {_duration(left)} left")
 
     def message(self, text: str) -> None:

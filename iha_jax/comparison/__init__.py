@@ -1,0 +1,1 @@
+"""Many runs, one table: arms, their results, statistics over seeds, and the picture."""
