@@ -29,8 +29,7 @@ def documents_of(path: epath.Path, suffix: str, text_feature: str) -> Iterator[t
     """
     if not path.exists():
         raise ValueError(f"--input={path}: no such file or folder")
-    files = sorted(f for f in path.glob("**/*") if not f.is_dir()) if path.is_dir() else [path]
-    files = [f for f in files if f.name.endswith(suffix)]
+    files = [f for f in _files(path) if f.name.endswith(suffix)]
     if not files:
         raise ValueError(f"--input={path}: no file" + (f" with suffix {suffix!r}" if suffix else ""))
     for file in files:
@@ -41,6 +40,10 @@ def documents_of(path: epath.Path, suffix: str, text_feature: str) -> Iterator[t
                 yield document, text
             else:
                 print(f"left out {document}: {'not valid UTF-8' if text else 'empty'}", file=sys.stderr)
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+    return [f for child in sorted(path.iterdir()) for f in _files(child)] if path.is_dir() else [path]
 
 
 def _lines(file: epath.Path, name: str, text_feature: str) -> Iterator[tuple[str, bytes]]:
