@@ -2,7 +2,7 @@
 
 `useful` FLOPs count the pairs of positions that the mask lets see each other: what tables, fair matching and
 utilization use. `executed` FLOPs count what a named implementation computes, masked pairs of its blocks included.
-Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % of a layer at head widths of 64 and up).
+Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % at head widths of 64 and up).
 
 Letters: N tokens, V vocabulary, D width, L layers, H heads, K key/value heads, d head width, F MLP width,
 P pseudo-heads, W window in tokens.
@@ -108,7 +108,7 @@ def layer_pairs(model: ModelConfig, kind: str) -> int:
 
 
 def mixing_flops_per_token(model: ModelConfig) -> int:
-    """Mixing and collapse of one IHA layer: `2 d` FLOPs a token and mixing parameter (each multiplies a head's width)."""
+    """Mixing and collapse of one IHA layer: `2 d` FLOPs a token and mixing parameter (each scales one head)."""
     H, K, P, d = model.num_heads, model.num_kv_heads, model.iha.pseudo_heads, model.head_width
     collapse = H * H * P if model.iha.collapse == "global" else H * P
     return 2 * d * (H * H * P + 2 * K * H * P + collapse)

@@ -27,7 +27,9 @@ Launch = Callable[[list[str], dict[str, str]], int]
 def launch(command: list[str], environment: dict[str, str]) -> int:
     """Runs a command to its end, passing on SIGTERM and SIGINT; returns its exit code."""
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         return process.wait()
     finally:
@@ -49,11 +51,12 @@ def run_all(comparison: Comparison, workdir: str, runs: Sequence[Run], launch: L
         command += [f"--workdir={epath.Path(workdir) / run.folder}", *(f"--config.{o}" for o in run.overrides)]
         code = launch(command, environment)
         if code:
-            _say(f"{run.folder} ended with exit code {code}. The same compare command goes on from there; that run alone:")
+            _say(f"{run.folder} ended with exit code {code}. The same command goes on from there; that run alone:")
             _say("  " + " ".join(command))
             return code if code > 0 else 128 - code
         elapsed = time.monotonic() - began
-        _say(f"finished {run.folder}; {elapsed:.0f} s so far, about {elapsed / number * (len(waiting) - number):.0f} s left")
+        left = elapsed / number * (len(waiting) - number)
+        _say(f"finished {run.folder}; {elapsed:.0f} s so far, about {left:.0f} s left")
     return 0
 
 
@@ -74,8 +77,8 @@ def report(comparison: Comparison, workdir: str) -> str:
         sentences.append("Not finished, and left out: " + ", ".join(unfinished) + ".")
     notes = (
         "FLOPs are useful forward FLOPs a token (visible pairs only); training costs three times as much. Losses are "
-        "final validation losses in nats a token, bits are per UTF-8 byte; ± is a 95 % Student-t interval over n seeds; "
-        "differences are in bits per byte, paired by seed, to the first arm."
+        "final validation losses in nats a token, bits are per UTF-8 byte; ± is a 95 % Student-t interval over n "
+        "seeds; differences are in bits per byte, paired by seed, to the first arm."
     )
     device = rows[0].results[0].provenance.get("runs", [{}])[-1]
     where = f"Device: {device.get('device_count')} x {device.get('device_kind')}, started {device.get('started')}."
@@ -85,7 +88,9 @@ def report(comparison: Comparison, workdir: str) -> str:
         text += (f"\n{title}\n" if title else "\n") + terminal_table(section) + "\n"
         markdown += (f"\n## {title}\n" if title else "") + "\n" + markdown_table(section) + "\n"
     folder = epath.Path(workdir)
-    (folder / "comparison.md").write_text(markdown + "\n" + "\n".join(f"- {s}" for s in sentences) + f"\n\n{notes}\n{where}\n")
+    (folder / "comparison.md").write_text(
+        markdown + "\n" + "\n".join(f"- {s}" for s in sentences) + f"\n\n{notes}\n{where}\n"
+    )
     (folder / "comparison.csv").write_text(csv_text(results))
     draw(rows if best is None else best, folder / "comparison.png")
     return text + "\n" + "\n".join(sentences) + f"\n\n{notes}\n\nwrote {folder}/comparison.md, .csv and .png"

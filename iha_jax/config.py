@@ -47,7 +47,7 @@ def _choice(*choices: str) -> Any:
     return dataclasses.field(metadata={"choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IhaConfig:
     """Interleaved Head Attention: the switches of the paper and of what it leaves open."""
 
@@ -62,7 +62,7 @@ class IhaConfig:
     implementation: str = _choice("auto", "reference", "streaming")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Letters as in the paper: D width, H heads, K key/value heads, d head width."""
 
@@ -102,7 +102,7 @@ class ModelConfig:
         return any(kind in IHA_KINDS for kind in self.layer_kinds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text, how it is cut into tokens, and where prepared data lives."""
 
@@ -118,7 +118,7 @@ class DataConfig:
     workers: int = _not_negative()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up and a cosine to a floor."""
 
@@ -133,7 +133,7 @@ class OptimizerConfig:
     mixing_multiplier: float = _positive()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, in what batches, and what is done on the way."""
 
@@ -154,7 +154,7 @@ class TrainingConfig:
     wandb_project: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run depends on."""
 
@@ -189,7 +189,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def default_iha_window(context_length: int, pseudo_heads: int) -> int:
-    """`max(1, N // (2 P^2))` tokens: the window at which a causal IHA layer's visible pairs equal global MHA's (§4.1)."""
+    """`max(1, N // (2 P^2))` tokens: with it an IHA layer sees as many pairs as causal MHA (§4.1)."""
     return max(1, context_length // (2 * pseudo_heads**2))
 
 
@@ -307,10 +307,10 @@ def _check_training(config: Config) -> list[str]:
             f"config.training.accumulation = {training.accumulation}: does not divide config.training.batch_size = "
             f"{training.batch_size}; choose one of {_divisors(training.batch_size)}"
         )
-    if config.optimizer.warmup_steps >= training.steps:
+    if config.optimizer.warmup_steps >= max(1, training.steps - 1):
         problems.append(
-            f"config.optimizer.warmup_steps = {config.optimizer.warmup_steps}: must be below config.training.steps = "
-            f"{training.steps}"
+            f"config.optimizer.warmup_steps = {config.optimizer.warmup_steps}: must be below "
+            f"config.training.steps - 1 = {training.steps - 1}"
         )
     if training.loss_chunk and config.model.context_length % training.loss_chunk:
         problems.append(

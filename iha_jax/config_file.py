@@ -91,11 +91,11 @@ def _apply(values: dict[str, Any], override: str, problems: list[str]) -> None:
     if isinstance(place[key], Mapping):
         problems.append(f"--config.{override}: config.{name} is a section with keys {', '.join(place[key])}")
         return
-    place[key] = _parse(text, place[key])
+    place[key] = _parse(text, place[key])  # type: ignore[index]
 
 
 def _parse(text: str, default: Any) -> Any:
-    """Reads `text` as the kind of value the default is; text that cannot be read stays text, for `resolve` to refuse."""
+    """Reads `text` as the kind of value the default is; what cannot be read stays text, for `resolve` to refuse."""
     if isinstance(default, str):
         return text
     if isinstance(default, tuple | list) and not text.startswith(("(", "[")):

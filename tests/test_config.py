@@ -67,7 +67,7 @@ BAD = {
         "config.model.iha.window = 257: larger",
     ),
     "accumulation": (dict(training__accumulation=3), "choose one of 1, 2, 4, 8"),
-    "warm-up": (dict(optimizer__warmup_steps=500), "must be below config.training.steps = 500"),
+    "warm-up": (dict(optimizer__warmup_steps=500), "must be below config.training.steps - 1 = 499"),
     "loss chunk": (dict(training__loss_chunk=100), "does not divide config.model.context_length = 256"),
     "weights": (dict(data__weights=(1.0, 2.0)), "one weight for each of the 1"),
     "weight": (dict(data__weights=(0.0,)), "config.data.weights[0] = 0.0"),
@@ -119,7 +119,9 @@ def test_overrides_are_read_as_the_kind_of_the_default():
 
 def test_bad_overrides_and_bad_values_come_together():
     with pytest.raises(ConfigError) as error:
-        load_config("configs/base.py", ["modle.width=3", "model.width=nan", "model.wdth=1", "model=3", "seed", "seed=1.5"])
+        load_config(
+            "configs/base.py", ["modle.width=3", "model.width=nan", "model.wdth=1", "model=3", "seed", "seed=1.5"]
+        )
     text = str(error.value)
     for part in ("did you mean config.model?", "config.model.width = nan", "config.model.width?", "is a section"):
         assert part in text

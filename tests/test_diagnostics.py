@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_model import KEY, perturbed, random_tokens
-from tests.tiny import tiny
 
 from iha_jax.model import bind, initialize
 from iha_jax.training.diagnostics import (
@@ -16,6 +14,8 @@ from iha_jax.training.diagnostics import (
     mixing_diagnostics,
     pseudo_head_distance,
 )
+from tests.test_model import KEY, perturbed, random_tokens
+from tests.tiny import tiny
 
 
 def test_identical_pseudo_heads_have_distance_zero_and_effective_p_one():

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tests.tiny import HYBRID, tiny
 
 from configs import paper_2p4b
 from iha_jax.config import LAYER_KINDS, resolve
 from iha_jax.model import abstract_parameters, bind, initialize
 from iha_jax.model.warm_start import warm_start
 from iha_jax.training.step import initial_state, make_train_step
+from tests.tiny import HYBRID, tiny
 
 KEY = jax.random.key(7)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.tiny import tiny
 
 from configs import base
 from iha_jax.config import resolve
@@ -19,6 +18,7 @@ from iha_jax.evaluation import command as evaluation
 from iha_jax.training.loop import admit, train
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.step import initial_state, make_train_step
+from tests.tiny import tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,7 +117,9 @@ def test_a_killed_run_resumes_and_ends_the_same(data, tmp_path):
         f"--config.{name.replace('__', '.')}={value if isinstance(value, str) else ','.join(value)}"
         for name, value in data.items()
     ]
-    flags += [f"--config.model.{n}={v}" for n, v in dict(context_length=23, width=24, num_heads=6, mlp_width=29).items()]
+    flags += [
+        f"--config.model.{n}={v}" for n, v in dict(context_length=23, width=24, num_heads=6, mlp_width=29).items()
+    ]
     flags += ["--config.model.head_width=4", "--config.model.num_layers=2", "--config.optimizer.warmup_steps=2"]
     sizes = dict(steps=40, batch_size=4, log_every=1, eval_every=20, eval_rows=6, eval_batch_size=4, checkpoint_every=4)
     flags += [f"--config.training.{n}={v}" for n, v in sizes.items()]
@@ -150,7 +152,9 @@ def test_warm_start_from_a_run(data, tmp_path):
     options = dict(model__iha__causality="token", model__iha__rope_positions="token")
     iha = tiny(**data, **options, model__layer_pattern=("iha",), training__init_from=str(tmp_path / "mha"))
     train(admit(iha, str(tmp_path / "iha")))
-    assert rows(tmp_path / "iha", "val")[0]["loss"] == pytest.approx(rows(tmp_path / "mha", "val")[-1]["loss"], rel=1e-5)
+    assert rows(tmp_path / "iha", "val")[0]["loss"] == pytest.approx(
+        rows(tmp_path / "mha", "val")[-1]["loss"], rel=1e-5
+    )
     wider = tiny(**data, training__init_from=str(tmp_path / "mha"), model__mlp_width=31)
     with pytest.raises(ValueError, match="mlp/up"):
         admit(wider, str(tmp_path / "wider"))
@@ -199,8 +203,10 @@ def test_a_workdir_that_is_a_file_is_refused(data, tmp_path):
 
 def test_command_refuses_with_exit_code_2_in_seconds(tmp_path):
     done = subprocess.run(
-        [sys.executable, "train.py", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}"]
-        + ["--config.model.widht=3", "--config.training.steps=nan"],
+        [
+            *(sys.executable, "train.py", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}"),
+            *("--config.model.widht=3", "--config.training.steps=nan"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -49,7 +49,9 @@ def load_comparison(path: str) -> Comparison:
     values = module.get_comparison()
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     known = {field.name for field in dataclasses.fields(Comparison)} - {"path"}
-    problems = [f"comparison.{key}: no such key; valid keys: {', '.join(sorted(known))}" for key in values.keys() - known]
+    problems = [
+        f"comparison.{key}: no such key; valid keys: {', '.join(sorted(known))}" for key in values.keys() - known
+    ]
     problems += [f"comparison.{key} is missing" for key in known - values.keys()]
     if not problems:
         problems = _check_values(values, tuple(getattr(module, "ARMS", ())))

@@ -39,6 +39,6 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
-    """The mean of `values[seed] - baseline[seed]` over the seeds both have, with its interval; None if there is none."""
+    """The mean of `values[seed] - baseline[seed]` over the seeds both have, with its interval; None for no seed."""
     shared = sorted(values.keys() & baseline.keys())
     return estimate([values[seed] - baseline[seed] for seed in shared]) if shared else None

@@ -96,6 +96,25 @@ COLUMNS = (
 )
 
 
+CSV_COLUMNS = (
+    "arm",
+    "seed",
+    "learning_rate",
+    "finished",
+    "step",
+    "parameters",
+    "mixing_parameters",
+    "flops_per_token",
+    "loss",
+    "bits_per_byte",
+    "tokens",
+    "flops",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
+
+
 def cells(row: Row) -> list[str]:
     flops = row.flops
     return [
@@ -134,10 +153,7 @@ def csv_text(results: Sequence[Result]) -> str:
     """A line a run: what it was, how it ended, what it cost."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["arm", "seed", "learning_rate", "finished", "step", "parameters", "mixing_parameters", "flops_per_token"]
-        + ["loss", "bits_per_byte", "tokens", "flops", "seconds", "tokens_per_second", "peak_memory_bytes"]
-    )
+    writer.writerow(CSV_COLUMNS)
     for r in results:
         if not r.val or not r.train:
             continue
@@ -162,13 +178,17 @@ def verdict(rows: Sequence[Row]) -> list[str]:
             sentences.append(f"{what} bits per byte (n = {difference.n}): one seed, no interval, no verdict.")
         elif difference.distinguishable:
             better = row.label if difference.mean < 0 else first.arm
-            sentences.append(f"{what} ± {difference.half_width:.4f} bits per byte (n = {difference.n}): {better} is better.")
+            sentences.append(
+                f"{what} ± {difference.half_width:.4f} bits per byte (n = {difference.n}): {better} is better."
+            )
         else:
             sentences.append(
                 f"{what} ± {difference.half_width:.4f} bits per byte (n = {difference.n}): not distinguishable."
             )
     for row in rows[1:]:
-        sentences += _mismatch(row, first, "parameters", row.parameters.total / first.parameters.total, PARAMETER_TOLERANCE)
+        sentences += _mismatch(
+            row, first, "parameters", row.parameters.total / first.parameters.total, PARAMETER_TOLERANCE
+        )
         sentences += _mismatch(row, first, "useful FLOPs a token", row.flops.total / first.flops.total, FLOPS_TOLERANCE)
     for name in ("corpus_digest", "tokenizer_digest", "rows_digest"):
         found = {r.provenance.get(name) for row in rows for r in row.results}

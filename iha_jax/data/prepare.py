@@ -3,9 +3,10 @@
     python -m iha_jax.data.prepare --input=~/books --output=data/books                 # files -> TFDS data set
     python train.py --config=configs/base.py --workdir=runs/books --config.data.sources=data/books
 
-`--input` is a folder (every file with `--suffix` is a document), one file, a `.jsonl` file or folder of them (a document
-a line, under `--text_feature`), a directory TFDS prepared, or a TFDS name. With `--tokenizer` and `--context_length` the
-rows of every split are packed too, ahead of training, with `--workers` processes; without, the first run packs them.
+`--input` is a folder (every file with `--suffix` is a document), one file, a `.jsonl` file or folder of them (a
+document a line, under `--text_feature`), a directory TFDS prepared, or a TFDS name. With `--tokenizer` and
+`--context_length` the rows of every split are packed too, ahead of training, with `--workers` processes; without, the
+first run packs them.
 """
 
 import argparse

@@ -165,16 +165,20 @@ def pack(
     counts = {name: sum(r[name] for r in results) for name in ("num_documents", "num_tokens", "num_bytes", "invalid")}
     if not counts["num_documents"]:
         raise ValueError(f"data source {reader.source!r}, split {reader.split!r}: no document is valid UTF-8 text")
-    metadata = facts | counts | {
-        "format": FORMAT,
-        "tokenizer": tokenizer.spec,
-        "context_length": context_length,
-        "source": reader.source,
-        "split": reader.split,
-        "token_dtype": str(np.dtype(_token_dtype(tokenizer))),
-        "max_token_id": max(r["max_token_id"] for r in results),
-        "shard_rows": [r["rows"] for r in results],
-    }
+    metadata = (
+        facts
+        | counts
+        | {
+            "format": FORMAT,
+            "tokenizer": tokenizer.spec,
+            "context_length": context_length,
+            "source": reader.source,
+            "split": reader.split,
+            "token_dtype": str(np.dtype(_token_dtype(tokenizer))),
+            "max_token_id": max(r["max_token_id"] for r in results),
+            "shard_rows": [r["rows"] for r in results],
+        }
+    )
     _write_atomically(directory / METADATA, json.dumps(metadata, indent=2))
 
 

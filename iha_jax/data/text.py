@@ -1,4 +1,4 @@
-"""Where text comes from: TFDS data sets, read as random-access sources of documents; nothing is ever downloaded here."""
+"""Where text comes from: TFDS data sets, read as random-access sources of documents; nothing is downloaded here."""
 
 import difflib
 import functools
@@ -28,7 +28,7 @@ def default_cache(cache_dir: str) -> epath.Path:
 
 
 def split_of(path: str) -> str:
-    """"train" or "validation" (about 5 %), by a hash of the relative path: stable when files come or go."""
+    """ "train" or "validation" (about 5 %), by a hash of the relative path: stable when files come or go."""
     bucket = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100
     return "validation" if bucket < VALIDATION_PERCENT else "train"
 
@@ -57,11 +57,12 @@ def open_text_source(
     if split not in builder.info.splits:
         found = ", ".join(map(repr, builder.info.splits)) or "none: it is not prepared"
         raise ValueError(f"data source {name!r} has no split {split!r}; its splits: {found}")
-    if text_feature not in (builder.info.features or {}):
-        raise ValueError(f"data source {name!r} has no feature {text_feature!r}; it has {list(builder.info.features or {})}")
+    features: Any = builder.info.features or {}
+    if text_feature not in features:
+        raise ValueError(f"data source {name!r} has no feature {text_feature!r}; it has {list(features)}")
     expected = builder.info.splits[split].num_examples
     try:
-        source = builder.as_data_source(split)
+        source: Any = builder.as_data_source(split)  # type: ignore[call-issue]
     except NotImplementedError as error:
         raise ValueError(
             f"data source {name!r} is stored without random access ({builder.info.file_format}); prepare it again with "
@@ -86,11 +87,12 @@ class _Documents:
 
 def _named_builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
-    import tensorflow_datasets.text  # noqa: F401  registers c4, wiki40b, ... even where h5py is missing
+    import tensorflow_datasets.text
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, ModuleNotFoundError) as error:
+    except (DatasetNotFoundError, ValueError, ModuleNotFoundError) as error:
         close = difflib.get_close_matches(name.split("/")[0], [EMBEDDED, *tfds.list_builders()], n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(

@@ -33,9 +33,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind, _, path = spec.partition(":")
     loader = {"hf": HuggingFace, "sp": SentencePiece}.get(kind)
     if loader is None or not path:
-        raise ValueError(
-            f"tokenizer = {spec!r}: expected 'bytes', 'hf:/path/tokenizer.json', or 'sp:/path/x.model'"
-        )
+        raise ValueError(f"tokenizer = {spec!r}: expected 'bytes', 'hf:/path/tokenizer.json', or 'sp:/path/x.model'")
     if not Path(path).is_file():
         raise ValueError(f"tokenizer = {spec!r}: no file {path}")
     try:
@@ -71,7 +69,7 @@ def _text(text: bytes | str) -> str:
 
 
 class HuggingFace:
-    """A `tokenizer.json` through the `tokenizers` library. Its end-of-text token, else a new id, separates documents."""
+    """A `tokenizer.json` through `tokenizers`. Its end-of-text token, else a new id, separates documents."""
 
     SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
@@ -101,8 +99,8 @@ class HuggingFace:
 
 
 def _byte_level_length(token: str) -> int:
-    """Bytes of a token's text. Byte-level vocabularies write each byte as one character below U+0144; SentencePiece-like
-    ones write `<0xAB>` for a byte and U+2581 for a space."""
+    """Bytes of a token's text. Byte-level vocabularies write each byte as one character below U+0144;
+    SentencePiece-like ones write `<0xAB>` for a byte and U+2581 for a space."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return 1
     if all(ord(c) < 0x144 for c in token):

@@ -34,7 +34,9 @@ def restore(workdir: str, step: int | None) -> Restored:
         found = step if step is not None else checkpoints.latest_step()
         if found is None:
             raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")
-        return Restored(config, checkpoints.restore_parameters(abstract_parameters_on(config, mesh), found), found, mesh)
+        return Restored(
+            config, checkpoints.restore_parameters(abstract_parameters_on(config, mesh), found), found, mesh
+        )
 
 
 def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if unknown or not names:
             raise ValueError(f"--tasks={flags.tasks}: expected some of {', '.join(TASKS)}")
         if flags.new_tokens < 1 or not flags.temperature >= 0:
-            raise ValueError(f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0")
+            raise ValueError(
+                f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0"
+            )
         run = restore(flags.workdir, flags.step)
         results = {name: TASKS[name](run, flags) for name in names}
     except ValueError as error:
@@ -120,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"step {run.step}: loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte")
     if "sample" in results:
         found = results["sample"]
-        print(f"--- {found['prompt']!r} continued by {found['tokens']} tokens\n{found['prompt']}{found['continuation']}")
+        print(
+            f"--- {found['prompt']!r} continued by {found['tokens']} tokens\n{found['prompt']}{found['continuation']}"
+        )
     if flags.out:
         from etils import epath
 

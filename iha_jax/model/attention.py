@@ -6,8 +6,8 @@ A mechanism projects, calls one pure function of `iha_jax.ops`, and projects bac
 
 import jax.numpy as jnp
 from flax import nnx
-from iha_jax.array_types import Array, Float, Int
 
+from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
 from iha_jax.model.layers import RMSNorm

@@ -6,8 +6,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from iha_jax.array_types import Array, Float
 
+from iha_jax.array_types import Array, Float
 from iha_jax.config import IhaConfig, ModelConfig
 
 _NORMAL_FAN_IN = {  # number of leading axes a weight contracts over
@@ -27,23 +27,24 @@ EMBEDDING_STD = 0.02
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs) -> Float[Array, "..."]:
     """The initial value (float32) of the weight `name` of one layer.
 
-    | weight                                     | initial value                                                        |
-    |--------------------------------------------|----------------------------------------------------------------------|
-    | `embedding` [V, D]                         | N(0, 0.02)                                                           |
-    | `unembedding` [D, V] (when not tied)       | N(0, 1/sqrt(D))                                                      |
-    | `attention/query`, `key`, `value`, `mlp/up`, `mlp/gate` | N(0, 1/sqrt(D))                                         |
-    | `attention/output` [H, d, D], `mlp/down` [F, D] | N(0, 1/sqrt(fan_in)) / sqrt(2 L): they add to the residual stream |
-    | `.../scale` of norms                       | 1                                                                    |
-    | `attention/alpha_query|key|value` [S, H, P], `iha.mixing_init` (S = H source heads, or K: s(h) = h // (H/K)) | |
-    | - `identity`                               | alpha[m, h, p] = 1 if m = s(h): every pseudo-head a copy of its head |
-    | - `shifted`                                | 1 if m = s((h + p) mod H): pseudo-head p starts from another head    |
-    | - `first`                                  | 1 if m = s(h) and p = 0: the other pseudo-heads start at zero        |
-    | - `random`                                 | N(0, 1/sqrt(S))                                                      |
-    | - plus `iha.init_noise`                    | N(0, init_noise) added to each alpha                                 |
-    | `attention/collapse` [H, H, P] (global) or [H, P] (per head), `iha.collapse_init` |                               |
-    | - `mean`                                   | R[g, h, p] = 1/P if g = h                                            |
-    | - `last`, `first`                          | 1 if g = h and p = P - 1 (p = 0)                                     |
-    | - `random`                                 | N(0, 1/sqrt(H P)) (global), N(0, 1/sqrt(P)) (per head)               |
+    | weight                                      | initial value                                               |
+    |---------------------------------------------|-------------------------------------------------------------|
+    | embedding [V, D]                            | N(0, 0.02)                                                  |
+    | unembedding [D, V] (when not tied)          | N(0, 1/sqrt(D))                                             |
+    | attention/query, key, value; mlp/up, gate   | N(0, 1/sqrt(D))                                             |
+    | attention/output [H, d, D], mlp/down [F, D] | N(0, 1/sqrt(fan_in)) / sqrt(2 L): they add to the residual  |
+    | scale of norms                              | 1                                                           |
+    | attention/alpha_query, _key, _value [S,H,P] | by `iha.mixing_init`, plus N(0, `iha.init_noise`)           |
+    | - identity                                  | alpha[m,h,p] = 1 if m = s(h): all P are copies of the head  |
+    | - shifted                                   | 1 if m = s((h + p) mod H): each p starts from another head  |
+    | - first                                     | 1 if m = s(h) and p = 0: the other pseudo-heads are zero    |
+    | - random                                    | N(0, 1/sqrt(S))                                             |
+    | attention/collapse [H, H, P] or [H, P]      | by `iha.collapse_init`                                      |
+    | - mean                                      | R[g,h,p] = 1/P if g = h                                     |
+    | - last, first                               | 1 if g = h and p = P - 1 (p = 0)                            |
+    | - random                                    | N(0, 1/sqrt(H P)) (global), N(0, 1/sqrt(P)) (per head)      |
+
+    The alphas have S = H source heads for queries and K for keys and values; `s(h) = h // (H / S)`.
 
     A value depends only on the seed, the layer's index, `name` and `shape`: models whose shapes agree start with the
     same weights, whatever else differs. `rngs.params` must carry the layer's key; its count is not used.

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from iha_jax.array_types import Array, Float
 
+from iha_jax.array_types import Array, Float
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from iha_jax.array_types import Array, Float, Int
 
+from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.attention import ATTENTION
 from iha_jax.model.init import initial_value

@@ -32,7 +32,7 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
         [
             f"device     {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
             f"mesh       {dict(mesh.shape)}",
-            f"model      {parameters.total:,} parameters ({parameters.mixing:,} of head mixing); layers: {layers}{window}",
+            f"model      {parameters.total:,} parameters ({parameters.mixing:,} head mixing); layers: {layers}{window}",
             f"compute    {flops.total:,.0f} useful FLOPs a token forward, 3 times that to train; {model.compute_dtype}",
             "kernels    " + ", ".join(f"{kind}: {name}" for kind, name in kernels(config).items()),
             f"schedule   {training.steps:,} steps of {tokens:,} tokens = {training.steps * tokens:,}; {start}",

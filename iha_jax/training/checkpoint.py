@@ -8,7 +8,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 
-
 class CheckpointMismatch(ValueError):  # noqa: N818  a mismatch is what it is
     """A checkpoint does not hold what is asked of it. The message lists every difference by name."""
 
@@ -134,11 +133,11 @@ class Checkpointer:
             else:
                 there, here = stored[name], wanted[name]
                 if tuple(there.shape) != tuple(here.shape):
-                    problems.append(f"{name}: shape {tuple(there.shape)} in the checkpoint, {tuple(here.shape)} expected")
+                    problems.append(
+                        f"{name}: shape {tuple(there.shape)} in the checkpoint, {tuple(here.shape)} expected"
+                    )
                 elif str(there.dtype) != str(here.dtype):
                     problems.append(f"{name}: dtype {there.dtype} in the checkpoint, {here.dtype} expected")
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointMismatch(f"checkpoint {self._directory / str(step)} does not fit:\n{listed}")
-
-

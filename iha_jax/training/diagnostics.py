@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from iha_jax.array_types import Array, Float
 
+from iha_jax.array_types import Array, Float
 from iha_jax.config import Config, ModelConfig
-from iha_jax.model import InterleavedHeadAttention, Transformer, bind
+from iha_jax.model import InterleavedHeadAttention, bind
 from iha_jax.ops import apply_rope, interleave, mix_heads
 from iha_jax.training.optimizer import is_mixing
 

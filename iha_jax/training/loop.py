@@ -20,7 +20,7 @@ from iha_jax.training.metrics import MetricsWriter, check_sinks
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.preemption import Preemption
 from iha_jax.training.progress import Progress
-from iha_jax.training.run_directory import check_run, open_run
+from iha_jax.training.run_directory import check_data, check_run, open_run
 from iha_jax.training.state import check_source, starting_state
 from iha_jax.training.step import State, make_train_step
 from iha_jax.training.validation import Validation
@@ -49,7 +49,9 @@ def admit(config: Config, workdir: str) -> Job:
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
-    return Job(config, workdir, mesh, open_corpus(config))
+    corpus = open_corpus(config)
+    check_data(workdir, corpus.digests)
+    return Job(config, workdir, mesh, corpus)
 
 
 def train(job: Job) -> int:

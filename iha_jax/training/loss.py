@@ -4,8 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from iha_jax.array_types import Array, Float, Int
 
+from iha_jax.array_types import Array, Float, Int
 from iha_jax.model import Transformer
 
 

@@ -69,7 +69,7 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "mfu": flops_per_second / self._peak if self._peak else None,
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(np.asarray(self._schedule(step - 1))),
         }
 
     def validation_row(self, step: int, numbers: dict[str, float]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class MetricsWriter:
             scratch = self._path.parent / f"{FILE}.tmp"
             scratch.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
             scratch.replace(self._path)
-            self._file = open(os.fspath(self._path), "a", encoding="utf-8")
+            self._file = open(os.fspath(self._path), "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
 
     def _open_sinks(self, directory: epath.Path, tensorboard: bool, wandb_project: str) -> list[Any]:
         sinks: list[Any] = []
@@ -90,7 +90,9 @@ def check_sinks(tensorboard: bool, wandb_project: str) -> None:
 
     for asked, library, extra in ((tensorboard, "tensorboardX", "tensorboard"), (wandb_project, "wandb", "wandb")):
         if asked and importlib.util.find_spec(library) is None:
-            raise ValueError(f"config.training asks for {extra}, which is not installed: pip install 'iha_jax[{extra}]'")
+            raise ValueError(
+                f"config.training asks for {extra}, which is not installed: pip install 'iha_jax[{extra}]'"
+            )
 
 
 class _TensorBoard:
@@ -110,9 +112,15 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, directory: epath.Path, project: str):
-        import wandb
+        import wandb  # type: ignore[import-not-found]  an optional extra
 
-        self._run = wandb.init(project=project, dir=os.fspath(directory), name=directory.name, resume="allow")
+        # One wandb run for one run directory, however often it is resumed.
+        id_file = directory / "wandb_id.txt"
+        run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self._run = wandb.init(
+            project=project, dir=os.fspath(directory), name=directory.name, id=run_id, resume="allow"
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split") and v is not None}

@@ -59,36 +59,30 @@ def check_run(workdir: str, config: Config) -> None:
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"--workdir={workdir}: {parent} is a file, so nothing can be made under it")
     if not (path / CONFIG).exists():
-        if (path / CHECKPOINTS).exists():
-            raise RunDirectoryError(f"--workdir={workdir}: holds checkpoints but no {CONFIG}; use another directory")
+        foreign = sorted(p.name for p in path.iterdir()) if path.exists() else []
+        if foreign:
+            raise RunDirectoryError(
+                f"--workdir={workdir}: is not empty and is no run (no {CONFIG}, but {', '.join(foreign[:5])}); "
+                f"use another directory"
+            )
         return
-    before, now = _flat(json.loads((path / CONFIG).read_text())), _flat(as_dict(config))
-    missing = object()
+    before, now = _flat(as_dict(load_run_config(workdir))), _flat(as_dict(config))
     changed = [
-        f"  - {key}: {_shown(before.get(key, missing), missing)} in the run, {_shown(now.get(key, missing), missing)} now"
-        for key in sorted(before.keys() | now.keys())
-        if key not in FREE and before.get(key, missing) != now.get(key, missing)
+        f"  - {key}: {before[key]!r} in the run, {now[key]!r} now"
+        for key in sorted(now)
+        if key not in FREE and before[key] != now[key]
     ]
     if changed:
         raise RunDirectoryError(
             f"--workdir={workdir}: was started with another config:\n" + "\n".join(changed) + "\n"
-            "use another workdir, or the config it was started with"
+            f"use another workdir, or the config it was started with (free to change: {', '.join(sorted(FREE))})"
         )
 
 
-def open_run(
-    workdir: str, config: Config, *, mesh: dict[str, int], digests: dict[str, str], implementations: dict[str, str]
-) -> RunDirectory:
-    """Creates or reopens a run directory: `config.json` once, `provenance.json` with one more entry a start.
-
-    Raises:
-      RunDirectoryError: as `check_run` does.
-      DataMismatch: when corpus, tokenizer or packed rows are not those of the run's first start.
-    """
-    check_run(workdir, config)
-    run = RunDirectory(epath.Path(workdir))
-    provenance_path = run.path / PROVENANCE
-    before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
+def check_data(workdir: str, digests: dict[str, str]) -> None:
+    """Raises DataMismatch when corpus, tokenizer or packed rows are not those the run in `workdir` was started on."""
+    path = epath.Path(workdir) / PROVENANCE
+    before = json.loads(path.read_text()) if path.exists() else {}
     changed = [
         f"  - {name}: {before[name]} in the run, {digest} now"
         for name, digest in digests.items()
@@ -96,6 +90,18 @@ def open_run(
     ]
     if changed:
         raise DataMismatch(f"--workdir={workdir}: was started on other data:\n" + "\n".join(changed))
+
+
+def open_run(
+    workdir: str, config: Config, *, mesh: dict[str, int], digests: dict[str, str], implementations: dict[str, str]
+) -> RunDirectory:
+    """Creates or reopens a run directory: `config.json` once, `provenance.json` with one more entry a start.
+
+    Call `check_run` and `check_data` first: they refuse what must not be reopened.
+    """
+    run = RunDirectory(epath.Path(workdir))
+    provenance_path = run.path / PROVENANCE
+    before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
     if jax.process_index() == 0:
         run.path.mkdir(parents=True, exist_ok=True)
         if not (run.path / CONFIG).exists():
@@ -120,10 +126,6 @@ def _write(path: epath.Path, values: dict[str, Any]) -> None:
     scratch = path.parent / f"{path.name}.tmp"
     scratch.write_text(json.dumps(values, indent=2) + "\n")
     scratch.replace(path)
-
-
-def _shown(value: Any, missing: object) -> str:
-    return "absent" if value is missing else repr(value)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
