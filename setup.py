@@ -19,7 +19,7 @@ EXTRAS["test"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
-    "pyright>=1.1.390",
+    "pyright[nodejs]>=1.1.390",
 ]
 
 setup(
