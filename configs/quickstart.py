@@ -21,15 +21,16 @@ def get_config(arm: str = "iha") -> ConfigDict:
     if arm == "iha":
         config.model.layer_pattern = ("iha_local",) * 4 + ("mha",)
 
+    config.model.context_length = 128
     config.model.width = 64
     config.model.mlp_width = 256
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.learning_rate = 7e-3
     config.optimizer.warmup_steps = 30
-    config.training.steps = 550
-    config.training.batch_size = 4
+    config.training.steps = 500
     config.training.log_every = 25
-    config.training.eval_every = 55
-    config.training.checkpoint_every = 275
+    config.training.eval_every = 50
+    config.training.eval_rows = 128
+    config.training.checkpoint_every = 250
     return config
 
 
