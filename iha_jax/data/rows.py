@@ -84,20 +84,19 @@ def open_rows(
     if context_length < 1:
         raise ValueError(f"context_length = {context_length}: expected at least 1")
     documents = open_text_source(source, split, data_dir=data_dir, cache_dir=cache_dir, text_feature=text_feature)
-    corpus_digest = digest_of(documents)
-    digest = hashlib.sha256(f"{FORMAT}:{corpus_digest}:{tokenizer.digest}:{context_length}".encode()).hexdigest()
-    directory = default_cache(cache_dir) / "rows" / digest[:24]
+    key = f"{FORMAT}:{documents.fingerprint}:{tokenizer.digest}:{context_length}"
+    directory = default_cache(cache_dir) / "rows" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not (directory / METADATA).exists():
-        facts = {"digest": digest, "corpus_digest": corpus_digest, "tokenizer_digest": tokenizer.digest}
         reader = _Reader(source, split, data_dir, cache_dir, text_feature)
-        pack(documents, reader, tokenizer, context_length, directory, facts, workers=workers)
-    return read_rows(directory, digest, tokenizer)
+        pack(len(documents), reader, tokenizer, context_length, directory, workers=workers)
+    return read_rows(directory, tokenizer, context_length)
 
 
-def read_rows(directory: epath.Path, digest: str, tokenizer: Tokenizer) -> Rows:
+def read_rows(directory: epath.Path, tokenizer: Tokenizer, context_length: int) -> Rows:
     """Rows that were packed before, checked against what is asked. Raises ValueError naming what differs."""
     metadata = json.loads((directory / METADATA).read_text())
-    for name, expected in (("digest", digest), ("tokenizer_digest", tokenizer.digest), ("format", FORMAT)):
+    asked = {"format": FORMAT, "tokenizer_digest": tokenizer.digest, "context_length": context_length}
+    for name, expected in asked.items():
         if metadata.get(name) != expected:
             raise ValueError(
                 f"packed rows in {directory}: {name} is {metadata.get(name)!r}, expected {expected!r}; delete the "
@@ -111,14 +110,6 @@ def read_rows(directory: epath.Path, digest: str, tokenizer: Tokenizer) -> Rows:
     if not len(rows):
         raise ValueError(f"packed rows in {directory}: there are none")
     return rows
-
-
-def digest_of(documents: TextSource) -> str:
-    """SHA-256 over the SHA-256 of every document, in order."""
-    total = hashlib.sha256()
-    for i in range(len(documents)):
-        total.update(hashlib.sha256(documents[i]).digest())
-    return total.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,20 +128,23 @@ class _Reader:
 
 
 def pack(
-    documents: TextSource,
+    num_documents: int,
     reader: _Reader,
     tokenizer: Tokenizer,
     context_length: int,
     directory: epath.Path,
-    facts: dict[str, Any],
     *,
     workers: int = 1,
 ) -> None:
     """Packs every shard that is not there yet, `workers` at a time, then writes the metadata: rows count as prepared
-    only then. An interrupted call leaves finished shards behind, and the next one goes on from them."""
+    only then. An interrupted call leaves finished shards behind, and the next one goes on from them.
+
+    The corpus digest is SHA-256 over the shards' digests, each over the SHA-256 of its documents in order; the rows'
+    digest adds tokenizer, context length and format.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    shards = -(-len(documents) // SHARD_DOCUMENTS)
-    jobs = [(reader, tokenizer.spec, context_length, directory, i, len(documents)) for i in range(shards)]
+    shards = -(-num_documents // SHARD_DOCUMENTS)
+    jobs = [(reader, tokenizer.spec, context_length, directory, i, num_documents) for i in range(shards)]
     results = []
     if workers > 1 and shards > 1:
         context = multiprocessing.get_context("spawn")
@@ -165,6 +159,13 @@ def pack(
     counts = {name: sum(r[name] for r in results) for name in ("num_documents", "num_tokens", "num_bytes", "invalid")}
     if not counts["num_documents"]:
         raise ValueError(f"data source {reader.source!r}, split {reader.split!r}: no document is valid UTF-8 text")
+    corpus_digest = hashlib.sha256("".join(r["digest"] for r in results).encode()).hexdigest()
+    rows_key = f"{FORMAT}:{corpus_digest}:{tokenizer.digest}:{context_length}"
+    facts = {
+        "digest": hashlib.sha256(rows_key.encode()).hexdigest(),
+        "corpus_digest": corpus_digest,
+        "tokenizer_digest": tokenizer.digest,
+    }
     metadata = (
         facts
         | counts
@@ -199,29 +200,40 @@ def _write_atomically(path: epath.Path, text: str) -> None:
 
 def _pack_shard(
     reader: _Reader, spec: str, context_length: int, directory: epath.Path, index: int, total: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     facts_path = directory / f"{shard_name(index)}.json"
     if facts_path.exists():
         return json.loads(facts_path.read_text())
     documents, tokenizer = reader.open(), load_tokenizer(spec)
-    facts = {"num_documents": 0, "num_tokens": 0, "num_bytes": 0, "invalid": 0, "max_token_id": 0, "rows": 0}
+    facts: dict[str, Any] = dict.fromkeys(
+        ("num_documents", "num_tokens", "num_bytes", "invalid", "max_token_id", "rows"), 0
+    )
+    shard_digest = hashlib.sha256()
+
+    def tokenized() -> Iterator[np.ndarray | None]:
+        for i in chosen:
+            document = documents[i]
+            shard_digest.update(hashlib.sha256(document).digest())
+            yield _tokenized(document, tokenizer, facts)
+
     chosen = range(index * SHARD_DOCUMENTS, min((index + 1) * SHARD_DOCUMENTS, total))
     scratch = directory / f"{shard_name(index)}.{os.getpid()}.tmp"
     writer = ArrayRecordWriter(str(scratch), "group_size:1")
     try:
-        for row in _rows((_tokenized(documents[i], tokenizer, facts) for i in chosen), context_length, tokenizer):
+        for row in _rows(tokenized(), context_length, tokenizer):
             writer.write(row)
             facts["rows"] += 1
     finally:
         writer.close()
     scratch.replace(directory / shard_name(index))
+    facts["digest"] = shard_digest.hexdigest()
     _write_atomically(facts_path, json.dumps(facts))
     return facts
 
 
-def _tokenized(document: bytes, tokenizer: Tokenizer, facts: dict[str, int]) -> np.ndarray | None:
+def _tokenized(document: bytes, tokenizer: Tokenizer, facts: dict[str, Any]) -> np.ndarray | None:
     if not document or not is_text(document):
         facts["invalid"] += 1
         return None
