@@ -12,9 +12,9 @@ from iha_jax.model import bind
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def _next_token(parameters, tokens_1N, length, key, *, config: ModelConfig, temperature: float):
-    segment_ids = (jnp.arange(tokens_1N.shape[1]) < length).astype(jnp.int32)[None]
     model = bind(config, parameters)
-    hidden = jax.lax.dynamic_slice_in_dim(model.hidden(tokens_1N, segment_ids), length - 1, 1, axis=1)
+    # What stands after the prompt cannot be seen from its last token: attention is causal.
+    hidden = jax.lax.dynamic_slice_in_dim(model.hidden(tokens_1N), length - 1, 1, axis=1)
     logits = model.logits(hidden)[0, 0]
     return jnp.argmax(logits) if temperature == 0 else jax.random.categorical(key, logits / temperature)
 

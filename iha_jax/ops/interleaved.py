@@ -12,19 +12,18 @@ import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
-from iha_jax.ops.arguments import check_attention, check_choice, check_implementation, check_mixing
+from iha_jax.ops.arguments import check_attention, check_choice, check_mixing
+from iha_jax.ops.implementations import Features, resolve_implementation
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
-IMPLEMENTATIONS = ("reference", "streaming")
 
-
-def resolve_interleaved_implementation(name: str = "auto") -> str:
-    """What `implementation=name` of `interleaved_head_attention` runs: "auto" is "streaming" on every device.
+def resolve_interleaved_implementation(name: str, features: Features) -> str:
+    """What `implementation=name` of `interleaved_head_attention` runs for a call with these features.
 
     Raises:
-      ValueError: for a name that does not exist or cannot run here.
+      ValueError: for a name that does not exist or cannot run such a call here.
     """
-    return check_implementation(name, IMPLEMENTATIONS, "streaming")
+    return resolve_implementation("interleaved_head_attention", name, features)
 
 
 def mix_heads(x: Float[Array, "B N S d"], alpha: Float[Array, "S H P"]) -> Float[Array, "B N H P d"]:
@@ -88,7 +87,8 @@ def interleaved_head_attention(
     check_choice("rope_positions", rope_positions, ("virtual", "token"))
     if rope_theta is not None and not (rope_theta > 0 and q.shape[-1] % 2 == 0):
         raise ValueError(f"rope_theta = {rope_theta}, head width {q.shape[-1]}; expected theta > 0 and an even width")
-    chosen = resolve_interleaved_implementation(implementation)
+    features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
+    chosen = resolve_interleaved_implementation(implementation, features)
     attend = reference.interleaved_head_attention if chosen == "reference" else streaming_interleaved_attention
     return attend(
         q,
@@ -97,7 +97,7 @@ def interleaved_head_attention(
         (alpha_q, alpha_k, alpha_v, collapse),
         causal=causal,
         causality=causality,
-        window=None if window is None or window >= q.shape[1] else window,
+        window=features.window,
         rope_theta=rope_theta,
         rope_positions=rope_positions,
         segment_ids=segment_ids,

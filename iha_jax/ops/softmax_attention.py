@@ -12,22 +12,22 @@ import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
-from iha_jax.ops.arguments import check_attention, check_implementation
+from iha_jax.ops.arguments import check_attention
 from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
+from iha_jax.ops.implementations import Features, resolve_implementation
 from iha_jax.ops.rope import working_dtype
 
-IMPLEMENTATIONS = ("reference", "blockwise")
 MAX_BLOCKS = 8  # query blocks of different key lengths: each is compiled separately
 MIN_BLOCK = 64
 
 
-def resolve_attention_implementation(name: str = "auto") -> str:
-    """What `implementation=name` of `dot_product_attention` runs: "auto" is "blockwise" on every device.
+def resolve_attention_implementation(name: str, features: Features) -> str:
+    """What `implementation=name` of `dot_product_attention` runs for a call with these features.
 
     Raises:
-      ValueError: for a name that does not exist or cannot run here.
+      ValueError: for a name that does not exist or cannot run such a call here.
     """
-    return check_implementation(name, IMPLEMENTATIONS, "blockwise")
+    return resolve_implementation("dot_product_attention", name, features)
 
 
 def dot_product_attention(
@@ -54,9 +54,8 @@ def dot_product_attention(
       ValueError: at trace time, for ranks, head counts, dtypes or windows that do not fit, naming the argument.
     """
     check_attention(q, k, v, window, segment_ids)
-    chosen = resolve_attention_implementation(implementation)
-    N = q.shape[1]
-    window = None if window is not None and window >= N else window
+    features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
+    chosen, window, N = resolve_attention_implementation(implementation, features), features.window, q.shape[1]
     if chosen == "reference":
         return reference.dot_product_attention(q, k, v, causal=causal, window=window, segment_ids=segment_ids)
     K = k.shape[2]

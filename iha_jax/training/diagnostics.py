@@ -16,6 +16,7 @@ from iha_jax.config import Config, ModelConfig
 from iha_jax.model import InterleavedHeadAttention, bind
 from iha_jax.ops import apply_rope, interleave, mix_heads
 from iha_jax.training.optimizer import is_mixing
+from iha_jax.training.step import attended_segments
 
 MAX_VIRTUAL_TOKENS = 1024
 
@@ -62,14 +63,15 @@ def mixing_diagnostics(parameters: dict[str, Any]) -> dict[str, Array]:
     return {name: jnp.mean(jnp.concatenate(values)) for name, values in found.items()}
 
 
-def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array, segment_ids: Array) -> Array:
+def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array, segment_ids: Array | None) -> Array:
     """The largest attention logit `<q, k> / sqrt(d)` of visible pairs, over all layers, heads and rows given.
 
     Looks at the first `max(1, 1024 // P)` tokens of each row, so that the dense scores of one layer stay small.
     """
     model = bind(config, parameters)
     tokens = max(1, MAX_VIRTUAL_TOKENS // (config.iha.pseudo_heads if config.uses_iha else 1))
-    inputs, segment_ids = inputs[:, :tokens], segment_ids[:, :tokens]
+    inputs = inputs[:, :tokens]
+    segment_ids = None if segment_ids is None else segment_ids[:, :tokens]
     x_BND = model.embedding[...].astype(jnp.dtype(config.compute_dtype))[inputs]
 
     def step(carry: tuple[Array, Array], group: Any) -> tuple[tuple[Array, Array], None]:
@@ -86,7 +88,7 @@ def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array
     return carry[1]
 
 
-def _layer_logit(block: Any, x_BND: Array, segment_ids: Array) -> Array:
+def _layer_logit(block: Any, x_BND: Array, segment_ids: Array | None) -> Array:
     attention, config = block.attention, block.attention.config
     q, k, _ = attention.project(block.attention_norm(x_BND))
     pseudo_heads, positions, token_causal = 1, "token", True
@@ -106,9 +108,11 @@ def _layer_logit(block: Any, x_BND: Array, segment_ids: Array) -> Array:
     position, unit = (token, 1) if token_causal else (virtual, pseudo_heads)
     distance = position[:, None] - position[None]
     visible = (distance >= 0) & (distance < (attention.window or q.shape[1]) * unit)
-    segment = segment_ids[:, token]
-    same = (segment[:, :, None] == segment[:, None]) & (segment[:, :, None] > 0)
-    return jnp.max(jnp.where(visible & same[:, None], logits, -jnp.inf))
+    if segment_ids is not None:
+        segment = segment_ids[:, token]
+        same = (segment[:, :, None] == segment[:, None]) & (segment[:, :, None] > 0)
+        visible = visible & same[:, None]
+    return jnp.max(jnp.where(visible, logits, -jnp.inf))
 
 
 def make_diagnostics(config: Config) -> Any:
@@ -117,6 +121,7 @@ def make_diagnostics(config: Config) -> Any:
     @functools.partial(jax.jit)
     def diagnostics(parameters: dict[str, Any], inputs: Array, segment_ids: Array) -> dict[str, Array]:
         values = mixing_diagnostics(parameters)
-        return values | {"largest_attention_logit": largest_logit(config.model, parameters, inputs, segment_ids)}
+        segments = attended_segments(config, segment_ids)
+        return values | {"largest_attention_logit": largest_logit(config.model, parameters, inputs, segments)}
 
     return diagnostics

@@ -46,6 +46,7 @@ def admit(config: Config, workdir: str) -> Job:
     """
     mesh = data_mesh()
     check_batch_sizes(config, mesh.size)
+    kernels(config)
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
