@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     model.rope_theta = 10_000.0
     model.layer_pattern = ("mha",)  # mha | mha_local | iha | iha_local; repeated to num_layers, remainder allowed
     model.window = 64  # tokens, mha_local only; the query's own included
-    model.implementation = "auto"  # of mha and mha_local: auto | reference | blockwise
+    model.implementation = "auto"  # of mha, mha_local: auto | reference | blockwise | cudnn (GPU) | splash (TPU)
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, softmax, norms and loss stay float32
     model.remat = "none"  # none | full | dots | dots_no_batch: what the backward pass recomputes
     model.scan_layers = True  # False: a Python loop over layers, slower to compile, easier to debug
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     iha.mixing_init = "identity"  # identity | shifted | first | random (table in iha_jax/model/init.py)
     iha.collapse_init = "mean"  # mean | last | first | random
     iha.init_noise = 0.0  # standard deviation of noise added to the three alphas
-    iha.implementation = "auto"  # auto | reference | streaming
+    iha.implementation = "auto"  # auto | reference | streaming | fused (TPU, GPU)
 
     config.data = data = ConfigDict()
     data.sources = ("stdlib",)  # stdlib | a prepared TFDS directory | a TFDS name such as c4/en

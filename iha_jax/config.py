@@ -59,7 +59,7 @@ class IhaConfig:
     mixing_init: str = _choice("identity", "shifted", "first", "random")
     collapse_init: str = _choice("mean", "last", "first", "random")
     init_noise: float = _not_negative()
-    implementation: str = _choice("auto", "reference", "streaming")
+    implementation: str = _choice("auto", "reference", "streaming", "fused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class ModelConfig:
     rope_theta: float = _positive()
     layer_pattern: tuple[str, ...] = _choice(*LAYER_KINDS)
     window: int = _positive()
-    implementation: str = _choice("auto", "reference", "blockwise")
+    implementation: str = _choice("auto", "reference", "blockwise", "cudnn", "splash")
     compute_dtype: str = _choice("float32", "bfloat16")
     remat: str = _choice(*REMAT_POLICIES)
     scan_layers: bool

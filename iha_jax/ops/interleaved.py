@@ -8,12 +8,14 @@
 Shapes: B batch, N tokens, H heads, K key/value heads, P pseudo-heads, d head width, e value width.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
 from iha_jax.ops.arguments import check_attention, check_choice, check_mixing
-from iha_jax.ops.implementations import Features, resolve_implementation
+from iha_jax.ops.implementations import Features, current_platform, resolve_implementation
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
 
@@ -74,7 +76,8 @@ def interleaved_head_attention(
         "token" (n).
       segment_ids: integers, a token sees its own segment; 0 is padding: output and gradients exactly 0.
       implementation: "reference" (loops, for tests), "streaming" (XLA on any device; holds the pseudo-tokens of one
-        chunk and its window at a time, the backward pass recomputes them), or "auto".
+        chunk and its window at a time, the backward pass recomputes them), "fused" (one Pallas kernel, TPUs and GPUs;
+        not yet run on hardware), or "auto", which takes what `implementations.TABLE` says.
 
     Scores and softmax are computed in float32 (float64 for float64 inputs); the result has the dtype of `q`.
 
@@ -89,8 +92,7 @@ def interleaved_head_attention(
         raise ValueError(f"rope_theta = {rope_theta}, head width {q.shape[-1]}; expected theta > 0 and an even width")
     features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
     chosen = resolve_interleaved_implementation(implementation, features)
-    attend = reference.interleaved_head_attention if chosen == "reference" else streaming_interleaved_attention
-    return attend(
+    return _attend(chosen)(
         q,
         k,
         v,
@@ -102,3 +104,16 @@ def interleaved_head_attention(
         rope_positions=rope_positions,
         segment_ids=segment_ids,
     )
+
+
+def _attend(implementation: str) -> Callable[..., Array]:
+    if implementation == "reference":
+        return reference.interleaved_head_attention
+    if implementation == "streaming":
+        return streaming_interleaved_attention
+    # "fused", imported here: Pallas takes a second, and each kernel is for one platform.
+    if current_platform() == "tpu":
+        from iha_jax.ops.pallas.interleaved_tpu import fused_interleaved_attention
+    else:
+        from iha_jax.ops.pallas.interleaved_gpu import fused_interleaved_attention
+    return fused_interleaved_attention

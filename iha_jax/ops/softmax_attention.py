@@ -14,8 +14,10 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
 from iha_jax.ops.arguments import check_attention
 from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
+from iha_jax.ops.cudnn import cudnn_attention
 from iha_jax.ops.implementations import Features, resolve_implementation
 from iha_jax.ops.rope import working_dtype
+from iha_jax.ops.splash import splash_attention
 
 MAX_BLOCKS = 8  # query blocks of different key lengths: each is compiled separately
 MIN_BLOCK = 64
@@ -48,16 +50,22 @@ def dot_product_attention(
 
     Scores and softmax are computed in float32 (float64 for float64 inputs); the result has the dtype of `q`.
     `implementation`: "reference" (loops, for tests), "blockwise" (each block of queries against the keys it can see;
-    the backward pass recomputes), or "auto".
+    the backward pass recomputes; any device), "cudnn" (NVIDIA GPUs; half precision, no segments, windows only causal),
+    "splash" (TPUs; bfloat16 and float32), or "auto", which takes what `implementations.TABLE` says.
 
     Raises:
-      ValueError: at trace time, for ranks, head counts, dtypes or windows that do not fit, naming the argument.
+      ValueError: at trace time, for ranks, head counts, dtypes or windows that do not fit, naming the argument, and for
+        an implementation that cannot run the call here, naming what can.
     """
     check_attention(q, k, v, window, segment_ids)
     features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
     chosen, window, N = resolve_attention_implementation(implementation, features), features.window, q.shape[1]
     if chosen == "reference":
         return reference.dot_product_attention(q, k, v, causal=causal, window=window, segment_ids=segment_ids)
+    if chosen == "cudnn":
+        return cudnn_attention(q, k, v, causal=causal, window=window)
+    if chosen == "splash":
+        return splash_attention(q, k, v, causal=causal, window=window, segment_ids=segment_ids)
     K = k.shape[2]
     q_BKGNd = jnp.moveaxis(q, 1, 2).reshape(q.shape[0], K, -1, N, q.shape[-1])
     k_BKNd, v_BKNe = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)

@@ -31,6 +31,7 @@ def _kernel(config: Config, kind: str) -> str:
     window = {"mha_local": model.window, "iha_local": model.iha.window}.get(kind)
     features = Features(
         dtype=model.compute_dtype,
+        tokens=model.context_length,
         head_width=model.head_width,
         value_width=model.head_width,
         window=None if window is None or window >= model.context_length else window,
