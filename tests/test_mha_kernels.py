@@ -82,11 +82,11 @@ def test_splash_equals_reference(case):
 @pytest.mark.parametrize("causal", [True, False])
 def test_splash_window_is_exact_to_the_token(causal):
     """The gradient of one output reaches the keys of its window and no other."""
-    tokens, window, query = 257, 130, 200
+    tokens, window, query = 257, 100, 128
     q, k, v = normal(2, *[(1, tokens, 1, D)] * 3)
     run = functools.partial(splash_attention, causal=causal, window=window, segment_ids=None, interpret=True)
     reached = jax.jit(jax.grad(lambda v: run(q, k, v)[0, query].sum()))(v)[0, :, 0].any(axis=-1)
-    last = query if causal else min(query + window - 1, tokens - 1)
+    last = query if causal else query + window - 1
     np.testing.assert_array_equal(np.flatnonzero(reached), np.arange(query - window + 1, last + 1))
 
 
