@@ -1,5 +1,6 @@
 """Preparation as a user runs it: files and TFDS data sets to a data set and rows; killed, in a bucket, refused."""
 
+import io
 import json
 import os
 import signal
@@ -14,9 +15,10 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from iha_jax.data import documents, prepare
+from iha_jax.data import documents, packing, prepare
 from iha_jax.data.dataset import split_of, stdlib_dataset, write_dataset
 from iha_jax.data.documents import list_files, list_stored
+from iha_jax.data.jobs import run_jobs
 from iha_jax.data.rows import open_rows
 from iha_jax.data.text import open_text_source
 from iha_jax.data.tokenizers import load_tokenizer
@@ -307,6 +309,32 @@ def test_everything_in_a_bucket_equals_everything_here(tmp_path, monkeypatch):
     )
 
 
+def test_a_bucket_is_copied_file_by_file_and_no_longer_than_needed(tmp_path, monkeypatch):
+    buckets = use_bucket(tmp_path, monkeypatch)
+    monkeypatch.setattr(packing, "MIN_SHARD_DOCUMENTS", 7)
+    write_texts(tmp_path / "in")
+    listing = list_files(epath.Path(tmp_path / "in"), "", "text", unit_bytes=701)
+    for target in (epath.Path(tmp_path / "set"), epath.Path("gs://mine/set")):
+        write_dataset(target, listing)
+    held, original = [], packing._pack_shard
+
+    def watching(*job):
+        facts = original(*job)
+        held.append(len(list(Path(job[-1]).glob("*.array_record*"))))
+        return facts
+
+    options = dict(
+        split="train", tokenizer=load_tokenizer("bytes"), context_length=23, cache_dir=str(tmp_path / "cache")
+    )
+    local = open_rows(source=str(tmp_path / "set"), **options)
+    monkeypatch.setattr(packing, "_pack_shard", watching)
+    remote = open_rows(source="gs://mine/set", **options)
+    assert remote.digest == local.digest
+    files = len(list((buckets / "mine" / "set").glob("*-train.array_record*")))
+    assert len(held) == 4
+    assert 0 < min(held) <= max(held) < files - 2
+
+
 def test_a_bucket_without_its_library_is_refused(tmp_path, capsys):
     write_texts(tmp_path / "in")
     assert run(f"--input={tmp_path / 'in'}", "--output=s3://mine/set") == 2
@@ -351,8 +379,9 @@ BAD = {
         ["--input={0}/in", "--output={1}", "--tokenizer=byte", "--context_length=9"],
         "expected 'bytes', 'hf:",
     ),
+    "output in input": (["--input={0}/in", "--output={0}/in/set"], "lies in --input"),
     "output is a file": (["--input={0}/in", "--output={0}/binary"], "is no data set of this command"),
-    "output is other files": (["--input={0}/in", "--output={0}/in/a"], "is no data set of this command"),
+    "output is other files": (["--input={0}/in", "--output={0}/lines"], "is no data set of this command"),
     "output is another set": (["--input={0}/in", "--output={0}/set", "--suffix=0.txt"], "holds other input"),
 }
 
@@ -380,3 +409,35 @@ def test_unusable_input_is_refused_and_nothing_written(inputs, tmp_path, case, c
     assert message in error
     assert snapshot(inputs) == before
     assert not os.listdir(tmp_path)
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, terminal):
+    screen, folder = Screen(terminal), epath.Path(tmp_path / "parts")
+    jobs = [(i,) for i in range(5)]
+
+    def square(i):
+        if i == 3 and not (folder / "00002.json").exists():
+            raise AssertionError("out of order")
+        return {"square": i * i}
+
+    found = run_jobs(square, jobs[:3], folder, workers=1, label="squares", stream=Screen(False))
+    assert [facts["square"] for facts in found] == [0, 1, 4]
+    found = run_jobs(square, jobs, folder, workers=1, label="squares", stream=screen)
+    assert [facts["square"] for facts in found] == [0, 1, 4, 9, 16]
+    if terminal:
+        assert "squares: 100%" in screen.getvalue()
+        assert "5/5" in screen.getvalue()
+        assert "\r" in screen.getvalue()
+    else:
+        lines = ["squares: 3 of 5 shards are there already", "squares: 5 of 5 shards, 0 s left"]
+        assert screen.getvalue().splitlines() == lines

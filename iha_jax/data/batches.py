@@ -67,8 +67,7 @@ def train_batches(
         raise ValueError(f"batch_size = {batch_size}: expected a positive multiple of {process_count} processes")
     if not rows or any(len(r) == 0 for r in rows):
         raise ValueError("there are no rows to train on")
-    seeds = [(seed + 1_000_003 * i) % 2**32 for i in range(len(rows))]
-    sources = [grain.MapDataset.source(r).seed(s).shuffle().repeat() for r, s in zip(rows, seeds, strict=True)]
+    sources = [grain.MapDataset.source(r).seed(seed + 1_000_003 * i).shuffle().repeat() for i, r in enumerate(rows)]
     mixed = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
     local = _GlobalSlice(mixed, batch_size, process_index, process_count)
     batches = local.map(example).batch(batch_size // process_count)

@@ -27,6 +27,7 @@ FORMAT = 2
 METADATA, PARTS = "rows.json", ".parts"
 MIN_SHARD_DOCUMENTS, MAX_SHARDS = 1024, 4096
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 24  # tokenized in one call
+_CUT_TOKENS = 1 << 21  # of a long document, cut in one go
 
 
 def shard_name(index: int) -> str:
@@ -192,14 +193,15 @@ def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:
 
 
 def cut_rows(documents: Iterator[np.ndarray], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Rows (records of `dtype`, N + 1 tokens, stride N) of documents laid end to end, as many at a time as are full."""
+    """Rows (records of `dtype`, N + 1 tokens, stride N) of documents laid end to end, some at a time."""
     length: Any = dtype["tokens"].shape[0]
     stride = length - 1
+    at_once = max(1, _CUT_TOKENS // length)
     tokens, owners = np.zeros(0, np.int32), np.zeros(0, np.int32)  # owners: which document, counted over the shard
 
-    def records(count: int) -> np.ndarray:
-        rows = np.zeros(count, dtype)
-        at = np.arange(count)[:, None] * stride + np.arange(length)
+    def records(first: int, last: int) -> np.ndarray:
+        rows = np.zeros(last - first, dtype)
+        at = np.arange(first, last)[:, None] * stride + np.arange(length)
         rows["tokens"] = tokens[at]
         rows["segment_ids"] = owners[at] - owners[at[:, :1]] + 1
         return rows
@@ -207,12 +209,13 @@ def cut_rows(documents: Iterator[np.ndarray], dtype: np.dtype) -> Iterator[np.nd
     for number, document in enumerate(documents):
         tokens = np.concatenate([tokens, document])
         owners = np.concatenate([owners, np.full(document.size, number, np.int32)])
-        if whole := (tokens.size - 1) // stride:
-            yield records(whole)
-            tokens, owners = tokens[whole * stride :], owners[whole * stride :]
+        whole = (tokens.size - 1) // stride
+        for first in range(0, whole, at_once):
+            yield records(first, min(first + at_once, whole))
+        tokens, owners = tokens[whole * stride :], owners[whole * stride :]
     if tokens.size > 1:
         used = tokens.size
         tokens, owners = (np.pad(x, (0, length - used)) for x in (tokens, owners))
-        last = records(1)
+        last = records(0, 1)
         last["segment_ids"][:, used:] = 0
         yield last

@@ -25,6 +25,7 @@ from etils import epath
 from iha_jax.data.dataset import write_dataset
 from iha_jax.data.documents import Listing, list_files, list_stored
 from iha_jax.data.rows import open_rows
+from iha_jax.data.storage import is_local
 from iha_jax.data.text import EMBEDDED, is_prepared
 from iha_jax.data.tokenizers import load_tokenizer
 
@@ -68,8 +69,10 @@ def _prepare(flags: argparse.Namespace) -> None:
         raise ValueError("--splits: expected some names, such as train,validation")
     source, text_feature = flags.input, flags.text_feature
     if flags.output:
+        target, folder = _absolute(flags.output), _absolute(flags.input)
+        if target == folder or folder in target.parents:
+            raise ValueError(f"--output={flags.output}: lies in --input={flags.input}, and would be its own input")
         listing = _listing(flags, splits)
-        target = epath.Path(flags.output).expanduser()
         sizes = write_dataset(target, listing, workers=flags.workers)
         print(f"{target}: " + ", ".join(f"{count:,} documents in {name}" for name, count in sizes.items()))
         source, text_feature = flags.output, "text"
@@ -86,6 +89,11 @@ def _prepare(flags: argparse.Namespace) -> None:
                 workers=flags.workers,
             )
             print(f"{split}: {len(rows):,} rows of {rows.context_length} tokens, {rows.num_bytes:,} bytes")
+
+
+def _absolute(path: str) -> epath.Path:
+    found = epath.Path(path).expanduser()
+    return found.resolve() if is_local(found) else found
 
 
 def _listing(flags: argparse.Namespace, splits: list[str]) -> Listing:

@@ -163,8 +163,6 @@ def _named_builder(name: str, data_dir: str) -> Any:
 
     known = [EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
     try:
-        if ":" in name.split("/")[0]:
-            raise DatasetNotFoundError(f"{name}: other hubs' data sets are not read")
         return builder_from_files(name, data_dir=os.path.expanduser(data_dir) or None)
     except (DatasetNotFoundError, ValueError, ModuleNotFoundError, AssertionError) as error:
         base = name.split("/")[0].split(":")[0]
