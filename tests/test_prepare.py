@@ -149,6 +149,41 @@ def test_an_interrupted_call_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(began) == 8
 
 
+def test_two_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """A second process begins and ends while the first is in the middle of a shard, of documents and of rows."""
+    texts = write_lines(tmp_path / "in")
+    listing, target = list_files(epath.Path(tmp_path / "in"), "", "body"), epath.Path(tmp_path / "set")
+    options = dict(source=str(target), split="train", tokenizer=load_tokenizer("bytes"), context_length=23)
+    original, ended = documents.Lines.documents, []
+
+    def interrupted(self):
+        for i, document in enumerate(original(self)):
+            if self.name == "3.jsonl" and i == 5 and not ended:
+                ended.append(None)
+                ended[0] = write_dataset(target, listing)
+            yield document
+
+    monkeypatch.setattr(documents.Lines, "documents", interrupted)
+    sizes = write_dataset(target, listing)
+    assert ended == [sizes]
+    assert read(target, "train") | read(target, "validation") == texts
+    assert write_dataset(target, listing) == sizes
+    tokenized, rows = packing._tokenized, []
+
+    def overtaken(*arguments):
+        for i, tokens in enumerate(tokenized(*arguments)):
+            if i == 5 and not rows:
+                rows.append(None)
+                rows[0] = open_rows(cache_dir=str(tmp_path / "cache"), **options)
+            yield tokens
+
+    monkeypatch.setattr(packing, "_tokenized", overtaken)
+    monkeypatch.setattr(packing, "MIN_SHARD_DOCUMENTS", 19)
+    first = open_rows(cache_dir=str(tmp_path / "cache"), **options)
+    assert first.digest == rows[0].digest
+    np.testing.assert_equal([first[i] for i in range(len(first))], [rows[0][i] for i in range(len(first))])
+
+
 def test_killed_and_run_again(tmp_path):
     """SIGKILL at a moment nobody chose, through the real command, with workers; none of them is left behind."""
     texts = write_lines(tmp_path / "in", files=90, lines=50)

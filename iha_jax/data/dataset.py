@@ -77,7 +77,8 @@ def write_dataset(target: epath.Path, listing: Listing, *, workers: int = 1) -> 
     if is_prepared(target):
         tidy(target, PARTS)
         return json.loads((target / PLAN).read_text())["documents"]
-    write_text(target / PLAN, json.dumps({"digest": digest}))
+    if not (target / PLAN).exists():
+        write_text(target / PLAN, json.dumps({"digest": digest}))
     try:
         rule, results = _write_shards(target, listing.units, workers)
     except ValueError:

@@ -40,7 +40,7 @@ def writing(path: epath.Path) -> Iterator[str]:
         yield os.fspath(scratch)
         scratch.replace(path)
     except FileNotFoundError:  # the quicker one has tidied up already
-        if not path.exists():
+        if not path.exists() and path.parent.exists():
             raise
     finally:
         Path(scratch).unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def write_text(path: epath.Path, text: str) -> None:
 def tidy(directory: epath.Path, *folders: str) -> None:
     """Removes what an interrupted call left behind in `directory`, and these folders of it."""
     for folder in (SCRATCH, *folders):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # not there, or another process is still writing into it
             (directory / folder).rmtree()
 
 
