@@ -15,14 +15,14 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from iha_jax.data import documents, packing, prepare
+from iha_jax.data import documents, packing
 from iha_jax.data.dataset import split_of, stdlib_dataset, write_dataset
 from iha_jax.data.documents import list_files, list_stored
 from iha_jax.data.jobs import run_jobs
 from iha_jax.data.rows import open_rows
 from iha_jax.data.text import open_text_source
 from iha_jax.data.tokenizers import load_tokenizer
-from tests.bucket import use_bucket
+from tests.texts import content, read, run, snapshot, write_lines, write_texts
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,53 +34,6 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def write_texts(folder, count=31):
-    """`count` files in two levels, of sizes from 1 byte on, with letters of more than a byte."""
-    texts = {f"{'ab'[i % 2]}/{i:03d}.txt": f"{i} é漢🎉 ".encode() * (1 + i * 5 % 17) for i in range(count)}
-    texts["a/000.txt"] = b"x"
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(text)
-    return texts
-
-
-def write_lines(folder, files=7, lines=11):
-    texts = {}
-    for f in range(files):
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{f}.jsonl", "wb") as file:
-            for i in range(lines):
-                texts[f"{f}.jsonl@{file.tell()}"] = text = f"file {f} line {i} é" * (1 + i)
-                file.write(json.dumps({"body": text, "other": 1}, ensure_ascii=i % 2 == 0).encode() + b"\n")
-    return {name: text.encode() for name, text in texts.items()}
-
-
-def read(directory, split):
-    """Path -> text, as TFDS itself gives them."""
-    source = tfds.builder_from_directory(directory).as_data_source(split)
-    pairs = [(example["path"], example["text"]) for example in source]
-    assert len({path for path, _ in pairs}) == len(pairs)
-    return {(p if isinstance(p, str) else p.decode()): (t.encode() if isinstance(t, str) else t) for p, t in pairs}
-
-
-def content(directory):
-    """Names of all files, metadata, and the documents in order: TFDS's records have no one order of their features."""
-    directory = Path(directory)
-    names = sorted(str(f.relative_to(directory)) for f in directory.rglob("*") if f.is_file())
-    ordered = [list(read(directory, split).items()) for split in ("train", "validation")]
-    return names, (directory / "dataset_info.json").read_text(), (directory / "prepare.json").read_text(), ordered
-
-
-def run(*flags):
-    with pytest.raises(SystemExit) as end:
-        prepare.main([str(flag) for flag in flags])
-    return end.value.code
-
-
-def snapshot(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def test_a_folder_becomes_a_data_set_that_tfds_reads(tmp_path):
@@ -307,74 +260,6 @@ def test_a_damaged_stored_shard_is_an_error(tmp_path, capsys):
     file.unlink()
     assert run(f"--input={folder}", "--text_feature=body", f"--output={tmp_path / 'set'}") == 2
     assert "00001-of-00002" in capsys.readouterr().err
-
-
-def test_everything_in_a_bucket_equals_everything_here(tmp_path, monkeypatch):
-    buckets = use_bucket(tmp_path, monkeypatch)
-    texts = write_texts(tmp_path / "in") | write_lines(tmp_path / "in", files=3)
-    write_texts(buckets / "mine" / "in")
-    write_lines(buckets / "mine" / "in", files=3)
-    pack = ["--tokenizer=bytes", "--context_length=23", "--text_feature=body"]
-    here = [f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'set'}", f"--cache_dir={tmp_path / 'cache'}"]
-    assert run(*here, *pack, "--workers=1") == 0
-    there = ["--input=gs://mine/in", "--output=gs://mine/set", "--cache_dir=gs://mine/cache"]
-    assert run(*there, *pack, "--workers=2") == 0
-    assert read(buckets / "mine" / "set", "train") | read(buckets / "mine" / "set", "validation") == texts
-    options = dict(tokenizer=load_tokenizer("bytes"), context_length=23)
-    for split in ("train", "validation"):
-        local = open_rows(source=str(tmp_path / "set"), split=split, cache_dir=str(tmp_path / "cache"), **options)
-        remote = open_rows(source="gs://mine/set", split=split, cache_dir="gs://mine/cache", **options)
-        assert not remote.is_local
-        assert remote.digest == local.digest
-        assert len(remote) == len(local) > 0
-        for i in range(0, len(local), 7):
-            np.testing.assert_equal(remote[i], local[i])
-    assert {file.name for file in (buckets / "mine" / "cache" / "rows").rglob("*") if file.is_file()} == {
-        "rows.json",
-        "rows-00000.bin",
-    }
-    # A TFDS data set in the bucket is rewritten too, and the same command again changes nothing.
-    again = ["--input=gs://mine/set", "--output=gs://mine/copy", "--workers=1"]
-    assert run(*again) == 0
-    copied = snapshot(buckets / "mine" / "copy")
-    assert run(*again) == 0
-    assert snapshot(buckets / "mine" / "copy") == copied
-    assert sorted(read(buckets / "mine" / "copy", "train").values()) == sorted(
-        read(buckets / "mine" / "set", "train").values()
-    )
-
-
-def test_a_bucket_is_copied_file_by_file_and_no_longer_than_needed(tmp_path, monkeypatch):
-    buckets = use_bucket(tmp_path, monkeypatch)
-    monkeypatch.setattr(packing, "MIN_SHARD_DOCUMENTS", 7)
-    write_texts(tmp_path / "in")
-    listing = list_files(epath.Path(tmp_path / "in"), "", "text", unit_bytes=701)
-    for target in (epath.Path(tmp_path / "set"), epath.Path("gs://mine/set")):
-        write_dataset(target, listing)
-    held, original = [], packing._pack_shard
-
-    def watching(*job):
-        facts = original(*job)
-        held.append(len(list(Path(job[-1]).glob("*.array_record*"))))
-        return facts
-
-    options = dict(
-        split="train", tokenizer=load_tokenizer("bytes"), context_length=23, cache_dir=str(tmp_path / "cache")
-    )
-    local = open_rows(source=str(tmp_path / "set"), **options)
-    monkeypatch.setattr(packing, "_pack_shard", watching)
-    remote = open_rows(source="gs://mine/set", **options)
-    assert remote.digest == local.digest
-    files = len(list((buckets / "mine" / "set").glob("*-train.array_record*")))
-    assert len(held) == 4
-    assert 0 < min(held) <= max(held) < files - 2
-
-
-def test_a_bucket_without_its_library_is_refused(tmp_path, capsys):
-    write_texts(tmp_path / "in")
-    assert run(f"--input={tmp_path / 'in'}", "--output=s3://mine/set") == 2
-    assert "s3fs" in capsys.readouterr().err
-    assert run("--input=s3://mine/set", "--tokenizer=bytes", "--context_length=5") == 2
 
 
 def test_the_embedded_source_is_the_standard_library(tmp_path):
