@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
+    "gcs": ["gcsfs>=2024.2"],  # buckets as gs://
+    "s3": ["s3fs>=2024.2"],  # buckets as s3://
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
     "tpu": ["jax[tpu]"],
@@ -42,7 +44,9 @@ setup(
         "array_record>=0.8",
         "h5py>=3.10",  # needed by tensorflow-datasets to register text data sets, but not declared there
         "importlib_resources>=6",  # needed by tensorflow-datasets' downloads, but not declared there
+        "absl-py>=2",
         "etils[epath]>=1.10",
+        "fsspec>=2024.2",
         "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "numpy>=1.26",
