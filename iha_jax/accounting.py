@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 from iha_jax.config import IHA_KINDS, ModelConfig
 
+COUNTED = (*IHA_KINDS, "mha", "mha_local")  # the layer kinds that the formulas below know
+
 # Peak dense bfloat16 FLOPs a second of one device, by a part of its `device_kind`; vendors' figures.
 _PEAK = {
     "TPU v4": 275e12,
@@ -62,13 +64,21 @@ class Flops:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def check_kind(kind: str) -> None:
+    """Raises ValueError for a layer kind that has no formula here: counting it as another would be silently wrong."""
+    if kind not in COUNTED:
+        raise ValueError(f"layer kind {kind!r} has no formula in iha_jax/accounting.py; known: {', '.join(COUNTED)}")
+
+
 def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of a model.
 
     attention: `L D d (2 H + 2 K)`, plus `2 L d` with QK-norm; mixing, each IHA layer: `H^2 P + 2 K H P`, plus `H^2 P`
     (global collapse; together `4 H^2 P` for K = H) or `H P` (per head); MLP: `2 L D F` (SwiGLU `3 L D F`);
-    norms: `(2 L + 1) D`; embedding: `V D`, twice if not tied.
+    norms: `(2 L + 1) D`; embedding: `V D`, twice if not tied. Raises ValueError for a layer kind without a formula.
     """
+    for kind in model.layer_kinds:
+        check_kind(kind)
     D, L, H, K, d = model.width, model.num_layers, model.num_heads, model.num_kv_heads, model.head_width
     P = model.iha.pseudo_heads
     collapse = H * H * P if model.iha.collapse == "global" else H * P
@@ -96,8 +106,9 @@ def layer_pairs(model: ModelConfig, kind: str) -> int:
     """Visible pairs of one head of a layer over a row of N tokens.
 
     MHA: `visible_pairs(N, W)`. IHA, virtual causality: `visible_pairs(N P, W P)`; token causality:
-    `P^2 visible_pairs(N, W)`.
+    `P^2 visible_pairs(N, W)`. Raises ValueError for a layer kind without a formula.
     """
+    check_kind(kind)
     N, P = model.context_length, model.iha.pseudo_heads
     if kind not in IHA_KINDS:
         return visible_pairs(N, model.window if kind == "mha_local" else None)
