@@ -1,8 +1,8 @@
 """Closed forms for parameters and FLOPs of every layer kind; one multiply-add is 2 FLOPs.
 
 `useful` FLOPs count the pairs of positions that the mask lets see each other: what tables, fair matching and
-utilization use. `executed` FLOPs count what a named implementation computes, masked pairs of its blocks included.
-Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % at head widths of 64 and up).
+utilization use. `executed` FLOPs (`executed.py`) count what a named implementation computes, masked pairs of its blocks
+included. Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % at head widths of 64 and up).
 
 Letters: N tokens, V vocabulary, D width, L layers, H heads, K key/value heads, d head width, F MLP width,
 P pseudo-heads, W window in tokens.

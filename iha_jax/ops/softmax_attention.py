@@ -93,6 +93,11 @@ def block_size(N: int) -> int:
     return max(MIN_BLOCK, -(-N // MAX_BLOCKS))
 
 
+def window_block_size(N: int, window: int) -> int:
+    """Query tokens of a windowed block: as many as the window, none smaller than `MIN_BLOCK` tokens."""
+    return min(N, max(window, MIN_BLOCK))
+
+
 def _blocks(q: Array, k: Array, v: Array, segments: Array | None, causal: bool) -> Array:
     """Unwindowed: block i of the queries against keys [0, end of block i) only."""
     N, size = q.shape[3], block_size(q.shape[3])
@@ -129,7 +134,7 @@ def same_segment(queries: Int[Array, "B C"], keys: Int[Array, "B M"]) -> Array:
 def _windows(q: Array, k: Array, v: Array, segments: Array | None, causal: bool, window: int) -> Array:
     """Windowed: chunks of queries, each against its own tokens and `window - 1` before (and after) them."""
     N, d = q.shape[3:]
-    size = min(N, max(window, MIN_BLOCK))
+    size = window_block_size(N, window)
     halo = (window - 1, 0 if causal else window - 1)
     ids = jnp.ones((1, N), jnp.int32) if segments is None else segments
     offset = jnp.arange(size)[:, None] - (jnp.arange(sum(halo) + size)[None] - halo[0])
