@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from iha_jax.accounting import Flops, check_kind, flops_per_token
 from iha_jax.config import IHA_KINDS, ModelConfig
-from iha_jax.ops import resolve_attention_implementation, resolve_interleaved_implementation
+from iha_jax.ops import Features, resolve_attention_implementation, resolve_interleaved_implementation
 from iha_jax.ops.softmax_attention import block_size, window_block_size
 from iha_jax.ops.streaming import Geometry, chunk_batches, chunk_tokens
 
@@ -93,25 +93,32 @@ def reference_work(N: int, P: int | None) -> Work:
     return Work(pairs, pairs, queries=mixed, keys=mixed, values=mixed, collapsed=mixed)
 
 
-def layer_work(model: ModelConfig, kind: str, *, batch_size: int = 1, training: bool = False) -> Work:
-    """What the implementation that `model` names for layers of `kind` ("auto" resolved) computes for a row.
+def layer_work(
+    model: ModelConfig, kind: str, *, batch_size: int = 1, training: bool = False, segments: bool = True
+) -> Work:
+    """What the implementation that `model` names for layers of `kind` ("auto" resolved for this platform; `segments`:
+    whether documents are packed, which decides what can run) computes for a row.
 
     Raises:
       ValueError: for a layer kind or an implementation without a closed form here, and for training through a
         reference, which nobody should.
     """
     check_kind(kind)
-    N, iha = model.context_length, model.iha
+    N, d, iha = model.context_length, model.head_width, model.iha
+    window = {"mha_local": model.window, "iha_local": iha.window}.get(kind)
+    window = None if window is None or window >= N else window
+    features = Features(
+        dtype=model.compute_dtype, tokens=N, head_width=d, value_width=d, window=window, segments=segments
+    )
     if kind in IHA_KINDS:
-        name = resolve_interleaved_implementation(iha.implementation)
-        window = iha.window if kind == "iha_local" and iha.window < N else None
+        name = resolve_interleaved_implementation(iha.implementation, features)
         if name == "streaming":
             space = Geometry(N, iha.pseudo_heads, window, True, iha.causality, None, "token")
             return streaming_work(space, heads=model.num_heads, batch=batch_size, training=training)
     else:
-        name = resolve_attention_implementation(model.implementation)
+        name = resolve_attention_implementation(model.implementation, features)
         if name == "blockwise":
-            return blockwise_work(N, model.window if kind == "mha_local" else None, training=training)
+            return blockwise_work(N, window, training=training)
     if name == "reference" and not training:
         return reference_work(N, iha.pseudo_heads if kind in IHA_KINDS else None)
     raise ValueError(
