@@ -10,7 +10,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=integers, help="N, N, ...: all of them at the first P")
     parser.add_argument("--pseudo_heads", type=integers, help="P, P, ...: all of them at the first N")
     parser.add_argument("--only", type=names, default=[], help="parts of labels, any of which a candidate must have")
-    parser.add_argument("--without", type=names, default=["compiled"], help="parts of labels to leave out")
+    parser.add_argument("--without", type=names, default=[], help="parts of labels to leave out")
     parser.add_argument("--repetitions", type=int, default=7, help="rounds of A B C ...")
     parser.add_argument("--memory_gib", type=float, default=12.0, help="candidates that need more are skipped")
     parser.add_argument("--run_seconds", type=float, default=20.0, help="slower candidates are not timed")
