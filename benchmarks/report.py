@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,34 +118,51 @@ QUANTITIES: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
 STYLES = ("-", "--", ":", "-.")
 
 
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By label: a group has a line style, its members have colors, ours are thick."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        members = names.setdefault(row.group, [])
+        if row.name not in members:
+            members.append(row.name)
+    return {
+        f"{group} · {name}": {
+            "color": COLORS[i % len(COLORS)],
+            "ls": STYLES[g % len(STYLES)],
+            "lw": 2.8 if name.startswith("ours") else 1.3,
+            "marker": "osD^v"[i // len(COLORS) % 5],
+        }
+        for g, (group, members) in enumerate(names.items())
+        for i, name in enumerate(members)
+    }
+
+
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Time and memory against N and against P: what lies on the first workload's line through each."""
     timed = [row for row in rows if row.seconds]
     first = rows[0].workload
-    labels = list(dict.fromkeys(row.label for row in timed))
-    figure = Figure(figsize=(13, 8.5), dpi=120, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 9), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, squeeze=False)
+    handles: dict[str, Any] = {}
     for column, (field, axis) in enumerate(SWEEPS):
         other = SWEEPS[1 - column][0]
         line = [row for row in timed if getattr(row.workload, other) == getattr(first, other)]
         for panel, (quantity, value) in zip(panels[:, column], QUANTITIES, strict=True):
-            for i, label in enumerate(labels):
+            for label, style in _styles(timed).items():
                 mine = sorted((row for row in line if row.label == label), key=lambda r: getattr(r.workload, field))
-                points = [(getattr(row.workload, field), value(row), row) for row in mine if value(row) is not None]
+                points = [(getattr(row.workload, field), y, row) for row in mine if (y := value(row)) is not None]
                 if not points:
                     continue
-                x, y = [p[0] for p in points], [max(float(p[1] or 0), 1e-3) for p in points]
-                style = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.6}
-                panel.plot(x, y, marker="o", ms=4, label=label, **style)
+                x = [p[0] for p in points]
+                handles[label] = panel.plot(x, [max(p[1], 0.01) for p in points], ms=4, label=label, **style)[0]
                 if value is QUANTITIES[0][1]:
                     low, high = ([1e3 * getattr(p[2].seconds, side) for p in points] for side in ("lower", "upper"))
-                    panel.vlines(x, low, high, color=style["color"], lw=3, alpha=0.4)
+                    panel.vlines(x, low, high, color=style["color"], lw=4, alpha=0.3)
             _dress(panel, axis, quantity, sorted({getattr(row.workload, field) for row in line}))
             panel.set_title(f"{other.replace('_', '-')} = {getattr(first, other)}", fontsize=9)
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False, handlelength=4)
+    figure.suptitle("\n".join(textwrap.wrap(title, 130)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(os.fspath(path), format="png")
 

@@ -136,15 +136,15 @@ class OurStep:
         optimizer = make_optimizer(config.optimizer, config.training.steps)
         self._batch = {name: jnp.asarray(x) for name, x in batch_of(step).items()}
         function = jax.jit(make_train_step(config, optimizer), donate_argnums=0)
-        state = jax.eval_shape(functools.partial(initial_state, config, optimizer))
+        make_state = functools.partial(initial_state, config, optimizer)
         try:
-            self._compiled = function.lower(state, self._batch).compile()
+            self._compiled = function.lower(jax.eval_shape(make_state), self._batch).compile()
         except (ValueError, NotImplementedError) as error:
             raise Skip(f"does not compile here: {error}") from error
         needed = self.temporary_bytes() or 0
         if needed > limits.memory_bytes:
             raise Skip(f"needs {needed / 2**30:.1f} GiB of temporaries, limit {limits.memory_bytes / 2**30:.1f}")
-        self._state = initial_state(config, optimizer)
+        self._state = jax.jit(make_state)()
 
     def _advance(self) -> Mapping[str, jax.Array]:
         self._state, metrics = self._compiled(self._state, self._batch)
