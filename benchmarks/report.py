@@ -69,7 +69,7 @@ def heading(facts: dict[str, Any]) -> str:
 def table(title: str, rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """One size: the timed rows, then why others are missing."""
     header = ("candidate", "median ms", "quartiles ms", "ratio", "GFLOP/s", "of matmul", "temp MiB", "error")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for row in rows:
         if row.seconds is None:
             continue

@@ -37,7 +37,7 @@ def jax_nn(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, window
 
 def tokamax(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
     try:
-        import tokamax
+        import tokamax  # pyright: ignore[reportMissingImports]
         from absl import flags
     except Exception as error:
         raise Skip(f"tokamax does not import ({error}); it is in the extra 'benchmarks'") from error

@@ -51,7 +51,7 @@ class Worker:
     """Holds the one thing prepared."""
 
     def __init__(self) -> None:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         self.torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

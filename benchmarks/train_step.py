@@ -13,7 +13,7 @@ import argparse
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's workers share the accelerator
@@ -91,7 +91,7 @@ class Step:
 
 def config_of(step: Step, arm: str, implementation: str = "auto") -> Config:
     """`implementation` is of the arm's IHA layers where it has any, else of its MHA layers."""
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.update(
         vocab_size=step.vocabulary,
         context_length=step.tokens,
@@ -117,7 +117,7 @@ def config_of(step: Step, arm: str, implementation: str = "auto") -> Config:
 def batch_of(step: Step) -> Arrays:
     """Random tokens, every one counted; with segments, each row is two documents."""
     tokens = np.random.default_rng(0).integers(0, step.vocabulary, (step.batch, step.tokens + 1))
-    batch = {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
+    batch: Arrays = {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
     batch["loss_mask"] = np.ones(batch["inputs"].shape, np.float32)
     if step.segments:
         ids = 1 + (np.arange(step.tokens) >= step.tokens // 3)
@@ -215,7 +215,7 @@ def registry(limits: Limits) -> list[Candidate]:
 def trusted_losses(step: Step, arm: str) -> Arrays:
     """First losses in float32 with the implementation that the tests compare with the reference."""
     with jax.default_matmul_precision("highest"):
-        exact = Step(**(vars(step) | {"dtype": "float32"}))
+        exact = replace(step, dtype="float32")
         trusted = OurStep(config_of(exact, arm), exact, Limits(memory_bytes=2**60, run_seconds=np.inf))
         results = trusted.results()
         trusted.close()
@@ -246,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     facts = report.environment(matmul_rate(flags.dtype, flags.matmul_size))
     say(report.heading(facts))
     rows: list[Row] = []
-    fixed = {name: getattr(flags, name) for name in Step.__dataclass_fields__ if name not in ("tokens", "pseudo_heads")}
+    swept = ("tokens", "pseudo_heads")
+    fixed: dict[str, Any] = {name: getattr(flags, name) for name in Step.__dataclass_fields__ if name not in swept}
     for N, P in cross(flags.tokens, flags.pseudo_heads):
         step = Step(tokens=N, pseudo_heads=P, **fixed)
         say(step.title)

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, H heads, d head width, P pseudo-heads, W window in to
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def tolerance(w: Workload) -> float:
 @functools.cache
 def model_config(w: Workload, mechanism: str) -> ModelConfig:
     """One layer of this kind and size, for the accounting."""
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.update(
         context_length=w.tokens,
         num_layers=1,
