@@ -119,7 +119,7 @@ def run_one(w: Workload, flags: argparse.Namespace, limits: Limits) -> list[Row]
         picked = [c for c in picked if "ours" in c.name or c.label == MEMORY_NAIVE]
     picked = [c for mechanism in flags.mechanisms for c in picked if c.group == mechanism]
     trusted = {mechanism: workload.trusted_results(w, mechanism) for mechanism in {c.group for c in picked}}
-    baseline = attention_candidates.default_label("mha" if "mha" in flags.mechanisms else flags.mechanisms[0])
+    baseline = attention_candidates.default_label("mha" if "mha" in flags.mechanisms else flags.mechanisms[0], w)
     rows = measure(
         picked,
         w,

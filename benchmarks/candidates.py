@@ -11,32 +11,40 @@ from benchmarks.harness import Candidate, JaxPrepared, Limits, Prepared
 from benchmarks.rivals import Skip
 from benchmarks.torch_process import CPU_MEMORY, TorchPrepared
 from benchmarks.workload import Workload
-from iha_jax.ops import interleaved, softmax_attention
+from iha_jax.ops import implementations
 
 REFERENCE_TOKENS = 128  # (virtual) tokens up to which the Python loops of `reference` are worth compiling
 
-# Where the names of our implementations of each mechanism are found, and what says whether one can run here.
+# The operation of `iha_jax.ops.implementations` that each mechanism is, under which its implementations are found.
 OURS = {
-    "mha": (softmax_attention.IMPLEMENTATIONS, softmax_attention.resolve_attention_implementation),
-    "mha_local": (softmax_attention.IMPLEMENTATIONS, softmax_attention.resolve_attention_implementation),
-    "iha": (interleaved.IMPLEMENTATIONS, interleaved.resolve_interleaved_implementation),
-    "iha_local": (interleaved.IMPLEMENTATIONS, interleaved.resolve_interleaved_implementation),
+    "mha": "dot_product_attention",
+    "mha_local": "dot_product_attention",
+    "iha": "interleaved_head_attention",
+    "iha_local": "interleaved_head_attention",
 }
+
+
+def our_names(mechanism: str) -> list[str]:
+    """Every implementation there is of a mechanism, here or on another platform."""
+    return [name for name in implementations.known_names(OURS[mechanism]) if name != "auto"]
 
 
 def registry(limits: Limits) -> list[Candidate]:
     """All candidates, whether or not they can run here."""
     return [
-        *(ours(mechanism, name, limits) for mechanism, (names, _) in OURS.items() for name in names),
+        *(ours(mechanism, name, limits) for mechanism in OURS for name in our_names(mechanism)),
         *(library(mechanism, name, limits) for mechanism in rivals.FORMS for name in rivals.LIBRARIES),
         *(torch(mechanism, limits, compiled=False) for mechanism in rivals.FORMS),
         *(torch(mechanism, limits, compiled=True) for mechanism in rivals.FORMS),
     ]
 
 
-def default_label(mechanism: str) -> str:
-    """The label of what our `implementation="auto"` is here."""
-    return f"{mechanism} · ours {OURS[mechanism][1]('auto')}"
+def default_label(mechanism: str, w: Workload) -> str:
+    """The label of what our `implementation="auto"` is here, for calls without a window."""
+    features = implementations.Features(
+        dtype=w.dtype, tokens=w.tokens, head_width=w.head_width, value_width=w.head_width
+    )
+    return f"{mechanism} · ours {implementations.resolve_implementation(OURS[mechanism], 'auto', features)}"
 
 
 def jax_attention(mechanism: str, function: Callable[..., jax.Array], w: Workload, limits: Limits) -> Prepared:
@@ -47,10 +55,6 @@ def jax_attention(mechanism: str, function: Callable[..., jax.Array], w: Workloa
 
 def ours(mechanism: str, implementation: str, limits: Limits) -> Candidate:
     def prepare(w: Workload) -> Prepared:
-        try:
-            OURS[mechanism][1](implementation)
-        except ValueError as error:
-            raise Skip(str(error)) from error
         count = w.tokens * (w.pseudo_heads if "iha" in mechanism else 1)
         if implementation == "reference" and count > REFERENCE_TOKENS:
             raise Skip(f"Python loops, for tests: not built above {REFERENCE_TOKENS} (virtual) tokens")

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
+from benchmarks.candidates import our_names
 from benchmarks.flags import add_common, cross
 from benchmarks.harness import (
     Arrays,
@@ -43,7 +44,6 @@ from configs import base
 from iha_jax.accounting import training_flops_per_token
 from iha_jax.config import IHA_KINDS, Config, resolve
 from iha_jax.model import initialize
-from iha_jax.ops import interleaved, softmax_attention
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.step import initial_state, make_train_step
 
@@ -89,8 +89,8 @@ class Step:
         )
 
 
-def config_of(step: Step, arm: str, implementation: str = "auto") -> Config:
-    """`implementation` is of the arm's IHA layers where it has any, else of its MHA layers."""
+def config_of(step: Step, arm: str, mha: str = "auto", iha: str = "auto") -> Config:
+    """`mha` and `iha`: implementations of the layers of these kinds."""
     config: Any = base.get_config()
     config.model.update(
         vocab_size=step.vocabulary,
@@ -105,10 +105,8 @@ def config_of(step: Step, arm: str, implementation: str = "auto") -> Config:
         window=min(512, max(1, step.tokens // 4)),
     )
     config.model.iha.pseudo_heads = step.pseudo_heads
-    if any(kind in IHA_KINDS for kind in ARMS[arm]):
-        config.model.iha.implementation = implementation
-    else:
-        config.model.implementation = implementation
+    config.model.implementation, config.model.iha.implementation = mha, iha
+    config.data.document_attention = step.segments
     config.training.update(batch_size=step.batch, steps=1_000_000, eval_batch_size=1)
     config.optimizer.update(warmup_steps=0, final_fraction=1.0)  # a constant learning rate
     return resolve(config)
@@ -119,9 +117,8 @@ def batch_of(step: Step) -> Arrays:
     tokens = np.random.default_rng(0).integers(0, step.vocabulary, (step.batch, step.tokens + 1))
     batch: Arrays = {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}
     batch["loss_mask"] = np.ones(batch["inputs"].shape, np.float32)
-    if step.segments:
-        ids = 1 + (np.arange(step.tokens) >= step.tokens // 3)
-        batch["segment_ids"] = np.broadcast_to(ids, batch["inputs"].shape).astype(np.int32)
+    ids = 1 + (np.arange(step.tokens) >= step.tokens // 3) * step.segments
+    batch["segment_ids"] = np.broadcast_to(ids, batch["inputs"].shape).astype(np.int32)
     return batch
 
 
@@ -187,10 +184,15 @@ def torch_step(step: Step, limits: Limits, *, compiled: bool) -> Prepared:
     return TorchPrepared("gpt", arrays, request, limits)
 
 
+def _varied(arm: str) -> str:
+    """Whose implementation is varied in an arm: that of its IHA layers where it has any, else of its MHA layers."""
+    return "iha" if any(kind in IHA_KINDS for kind in ARMS[arm]) else "mha"
+
+
 def ours(arm: str, implementation: str, limits: Limits) -> Candidate:
     def prepare(step: Step) -> Prepared:
         try:
-            config = config_of(step, arm, implementation)
+            config = config_of(step, arm, **{_varied(arm): implementation})
         except ValueError as error:
             raise Skip(str(error).splitlines()[-1].strip(" -")) from error
         return OurStep(config, step, limits)
@@ -200,13 +202,9 @@ def ours(arm: str, implementation: str, limits: Limits) -> Candidate:
 
 def registry(limits: Limits) -> list[Candidate]:
     """All candidates, whether or not they can run here; our `reference` is for tests and left out."""
-    names = {
-        arm: (interleaved if any(kind in IHA_KINDS for kind in kinds) else softmax_attention).IMPLEMENTATIONS
-        for arm, kinds in ARMS.items()
-    }
     plain = functools.partial(torch_step, limits=limits)
     return [
-        *(ours(arm, name, limits) for arm in ARMS for name in names[arm] if name != "reference"),
+        *(ours(arm, name, limits) for arm in ARMS for name in our_names(_varied(arm)) if name != "reference"),
         Candidate("mha", "torch GPT", functools.partial(plain, compiled=False), CPU_MEMORY),
         Candidate("mha", "torch GPT compiled", functools.partial(plain, compiled=True), CPU_MEMORY),
     ]
@@ -216,7 +214,8 @@ def trusted_losses(step: Step, arm: str) -> Arrays:
     """First losses in float32 with the implementation that the tests compare with the reference."""
     with jax.default_matmul_precision("highest"):
         exact = replace(step, dtype="float32")
-        trusted = OurStep(config_of(exact, arm), exact, Limits(memory_bytes=2**60, run_seconds=np.inf))
+        limits = Limits(memory_bytes=2**60, run_seconds=np.inf)
+        trusted = OurStep(config_of(exact, arm, "blockwise", "streaming"), exact, limits)
         results = trusted.results()
         trusted.close()
     return results

@@ -56,10 +56,12 @@ def matched_window(tokens: int, pseudo_heads: int) -> int:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`attend(workload, *inputs)` is trusted: tested against the loops of `iha_jax.ops.reference`, and holds no whole
-    score matrix, so that it runs at every size. `weights(workload)`: shapes and scales of inputs beyond q, k, v."""
+    """`attend(workload, *inputs, implementation=...)`. Its implementation `trusted` is tested against the loops of
+    `iha_jax.ops.reference`, and holds no whole score matrix, so that it runs at every size. `weights(workload)`: shapes
+    and scales of inputs beyond q, k, v."""
 
     attend: Callable[..., jax.Array]
+    trusted: str
     weights: Callable[[Workload], dict[str, tuple[tuple[int, ...], float]]] = lambda w: {}
 
 
@@ -96,10 +98,10 @@ def _mixing(w: Workload) -> dict[str, tuple[tuple[int, ...], float]]:
 # Names are the layer kinds of `iha_jax.config`, so that the accounting knows them. mha_local sees W P tokens: as many
 # keys as a pseudo-query of iha_local does.
 MECHANISMS = {
-    "mha": Mechanism(mha),
-    "mha_local": Mechanism(mha_local),
-    "iha": Mechanism(iha, _mixing),
-    "iha_local": Mechanism(iha_local, _mixing),
+    "mha": Mechanism(mha, "blockwise"),
+    "mha_local": Mechanism(mha_local, "blockwise"),
+    "iha": Mechanism(iha, "streaming", _mixing),
+    "iha_local": Mechanism(iha_local, "streaming", _mixing),
 }
 
 
@@ -140,7 +142,8 @@ def result_names(w: Workload, mechanism: str) -> list[str]:
 def trusted_results(w: Workload, mechanism: str) -> Arrays:
     """Output and gradients in float32 with full-precision matmuls, whatever the workload's dtype."""
     with jax.default_matmul_precision("highest"):
-        step = jax.jit(with_gradients(MECHANISMS[mechanism].attend, w))
+        attend = functools.partial(MECHANISMS[mechanism].attend, implementation=MECHANISMS[mechanism].trusted)
+        step = jax.jit(with_gradients(attend, w))
         results = jax.device_get(step(*(jnp.asarray(x) for x in inputs(w, mechanism).values())))
     return dict(zip(result_names(w, mechanism), results, strict=True))
 
