@@ -104,6 +104,8 @@ def layer_work(
         reference, which nobody should.
     """
     check_kind(kind)
+    if kind not in (*IHA_KINDS, "mha", "mha_local", "fused_mixing"):
+        raise ValueError(f"layer kind {kind!r}: executed FLOPs have no closed form")
     N, d, iha = model.context_length, model.head_width, model.iha
     window = {"mha_local": model.window, "iha_local": iha.window}.get(kind)
     window = None if window is None or window >= N else window

@@ -14,7 +14,7 @@ from iha_jax.accounting import (
     training_flops_per_token,
     visible_pairs,
 )
-from iha_jax.config import IHA_KINDS, LAYER_KINDS
+from iha_jax.config import IHA_KINDS
 from iha_jax.model import abstract_parameters
 from iha_jax.ops.reference import visible
 from tests.tiny import HYBRID, tiny
@@ -34,7 +34,8 @@ def counted(model):
     return Parameters(**found)
 
 
-PATTERNS = [*((kind,) for kind in LAYER_KINDS), HYBRID]  # HYBRID: 5 layers, one repetition and two left over
+PAIR_KINDS = ("mha", "mha_local", "iha", "iha_local")  # the others: tests/test_attention_contract.py
+PATTERNS = [*((kind,) for kind in PAIR_KINDS), HYBRID]  # HYBRID: 5 layers, one repetition and two left over
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
@@ -75,7 +76,7 @@ def test_visible_pairs_counted_one_by_one(N, causal):
 
 
 @pytest.mark.parametrize("causality", ["virtual", "token"])
-@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("kind", PAIR_KINDS)
 def test_pairs_of_a_layer_counted_one_by_one(kind, causality):
     """Every pair of (virtual) positions of one head, with the reference's own rule of who sees whom."""
     for N, P, window in itertools.product((5, 11), (1, 2, 3), (1, 3, 5)):

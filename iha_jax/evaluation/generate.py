@@ -34,8 +34,10 @@ def sample(
     The context is the last `context_length` tokens. Stops before `stop_token`. Each token costs a full forward pass.
 
     Raises:
-      ValueError: for an empty prompt, a token outside the vocabulary, or a negative temperature.
+      ValueError: for a bidirectional model, an empty prompt, a token outside the vocabulary, or a negative temperature.
     """
+    if not config.causal:
+        raise ValueError("config.model.causal = False: a bidirectional model has no next token; expected a causal one")
     prompt = np.asarray(prompt, np.int32)
     if prompt.size == 0:
         raise ValueError("prompt is empty: expected at least one token, such as the document separator")

@@ -58,3 +58,11 @@ def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array) 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_head_mix(name: str, mix: Array, heads: int, dtype: jnp.dtype) -> None:
+    """A square mixing of `heads` heads, [source head, target head]."""
+    if mix.shape != (heads, heads):
+        raise ValueError(f"{name} has shape {mix.shape}; expected {(heads, heads)}: source head, target head")
+    if mix.dtype != dtype:
+        raise ValueError(f"{name} has dtype {mix.dtype}; expected {dtype} as what it mixes has; cast one of them")

@@ -74,6 +74,8 @@ TABLE: Mapping[str, Mapping[str, Row]] = {
         "gpu": Row(("streaming",), ("reference", "fused")),
         "tpu": Row(("streaming",), ("reference", "fused")),
     },
+    # Talking heads and simplicial attention: they need scores that no flash kernel keeps.
+    "blocked_attention": dict.fromkeys(PLATFORMS, Row(("blockwise",))),
 }
 
 

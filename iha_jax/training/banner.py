@@ -5,7 +5,8 @@ from jax.sharding import Mesh
 
 from iha_jax.accounting import count_parameters, flops_per_token
 from iha_jax.config import IHA_KINDS, Config, ConfigError
-from iha_jax.ops import Features, resolve_attention_implementation, resolve_interleaved_implementation
+from iha_jax.model import ATTENTION
+from iha_jax.ops import Features
 
 
 def kernels(config: Config) -> dict[str, str]:
@@ -28,18 +29,18 @@ def kernels(config: Config) -> dict[str, str]:
 
 def _kernel(config: Config, kind: str) -> str:
     model = config.model
-    window = {"mha_local": model.window, "iha_local": model.iha.window}.get(kind)
+    local = {"mha_local": model.window, "iha_local": model.iha.window, "simplicial_local": model.simplicial.window}
+    window = local.get(kind)
     features = Features(
         dtype=model.compute_dtype,
         tokens=model.context_length,
         head_width=model.head_width,
         value_width=model.head_width,
+        causal=model.causal,
         window=None if window is None or window >= model.context_length else window,
         segments=config.data.document_attention,
     )
-    if kind in IHA_KINDS:
-        return resolve_interleaved_implementation(model.iha.implementation, features)
-    return resolve_attention_implementation(model.implementation, features)
+    return ATTENTION[kind].kernel(model, features)
 
 
 def describe(config: Config, mesh: Mesh, start_step: int) -> str:
