@@ -38,11 +38,11 @@ def get_config(arm: str = "iha") -> ConfigDict:
 
     config.optimizer.learning_rate = 7e-3
     config.optimizer.warmup_steps = 30
-    config.training.steps = 500
+    config.training.steps = 700
     config.training.log_every = 25
     config.training.eval_every = 100
     config.training.eval_rows = 128
-    config.training.checkpoint_every = 250
+    config.training.checkpoint_every = 350
     return config
 
 
