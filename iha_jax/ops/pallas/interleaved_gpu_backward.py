@@ -3,7 +3,7 @@
 With `w = 2^(s - lse)`, `do~ = R^T dout` and `delta = sum_e do~ o~` the gradient of a score is `ds = w (do~ v~^T - delta)`.
 `query_kernel`: a program owns query blocks; a first walk over the key blocks in reach gives `o~` (for the gradient of the
 collapse, and delta), a second one `dq~`. `key_kernel`: a program owns a key block; it walks over the query blocks that
-reach it and gives `dk~` and `dv~`. Both go back to heads by `E^T` and add their part of the gradients of E.
+reach it, once for `dv~` and once for `dk~` (one walk with both sums overflows the registers). Both go back to heads by `E^T` and add their part of the gradients of E.
 Legend and the matrix products of mixing: `interleaved_gpu_blocks`.
 """
 
@@ -27,7 +27,8 @@ from iha_jax.ops.pallas.interleaved_gpu_blocks import (
 )
 from iha_jax.ops.pallas.interleaved_gpu_forward import LOG2_E
 
-SLOTS = 264  # programs that each sum their own gradient of E: two for each of an H100's 132 multiprocessors
+SLOTS = 264  # programs of a kernel: two for each of an H100's 132 multiprocessors
+ELEMENTS = 2  # of all the gradients of one E that programs sum for themselves, in those of q
 
 
 def _weights(blocks: Blocks, left: tuple[Array, ...], right: tuple[Array, ...], visible: Array, lse: Array) -> Array:
@@ -104,34 +105,50 @@ def key_kernel(blocks: Blocks, slots: int, ids_ref: Ref, lse_ref: Ref, delta_ref
 
     def head(j: Array, h: Array) -> None:
         keys = cast(turn(key.mix(b, j, h), tables), dtype)
-        (values,) = cast(value.mix(b, j, h), dtype)
         key_ids = blocks.block_ids(ids_ref, b, j)
         before, after = blocks.neighbors
         first, last = blocks.range_around(j, after, before)
         place = (b, slot), j == slot * share
 
-        def back(i: Array, totals: tuple[tuple[Array, ...], Array]) -> tuple[tuple[Array, ...], Array]:
-            dkeys, dvalues = totals
+        def weights(i: Array) -> tuple[Array, tuple[Array, ...], Array]:
             queries = cast(turn(query.mix(b, i, h), tables), dtype)
             (dmixed,) = cast(dout.mix(b, i, h), dtype)
             visible = blocks.visible(blocks.block_ids(ids_ref, b, i), key_ids, i - j, axis=1)
-            w = _weights(blocks, keys, queries, visible, lse_ref[b, h, i, :][None, :])  # [keys, queries]
-            dvalues = dvalues + product(w.astype(dtype), dmixed)
-            ds = (w * (product(values, dmixed, (1, 1)) - delta_ref[b, h, i, :][None, :])).astype(dtype)
-            return tuple(x + product(ds, part) for x, part in zip(dkeys, queries, strict=True)), dvalues
+            return _weights(blocks, keys, queries, visible, lse_ref[b, h, i, :][None, :]), queries, dmixed
 
-        zeros = (jnp.zeros((X, key.width), jnp.float32),) * key.parts, jnp.zeros((X, value.width), jnp.float32)
-        dkeys, dvalues = lax.fori_loop(first, last, back, zeros)
+        def back_to_values(i: Array, total: Array) -> Array:
+            w, _, dmixed = weights(i)
+            return total + product(w.astype(dtype), dmixed)
+
+        dvalues = lax.fori_loop(first, last, back_to_values, jnp.zeros((X, value.width), jnp.float32))
+        value.add_adjoint(dv_ref, (b, j, h), (dvalues,))
+        value.add_outer(dEv_ref, (b, j, h), (dvalues,), place)
+        (values,) = cast(value.mix(b, j, h), dtype)
+
+        def back_to_keys(i: Array, total: tuple[Array, ...]) -> tuple[Array, ...]:
+            w, queries, dmixed = weights(i)
+            ds = (w * (product(values, dmixed, (1, 1)) - delta_ref[b, h, i, :][None, :])).astype(dtype)
+            return tuple(x + product(ds, part) for x, part in zip(total, queries, strict=True))
+
+        zeros = (jnp.zeros((X, key.width), jnp.float32),) * key.parts
+        dkeys = lax.fori_loop(first, last, back_to_keys, zeros)
         dkeys = turn(_scaled(dkeys, blocks.scale), tables, back=True)
         key.add_adjoint(dk_ref, (b, j, h), dkeys)
         key.add_outer(dEk_ref, (b, j, h), dkeys, place)
-        value.add_adjoint(dv_ref, (b, j, h), (dvalues,))
-        value.add_outer(dEv_ref, (b, j, h), (dvalues,), place)
 
     def block(j: Array, _: None) -> None:
         lax.fori_loop(0, blocks.H, lambda h, _: head(j, h), None)
 
     lax.fori_loop(slot * share, jnp.minimum((slot + 1) * share, blocks.count), block, None)
+
+
+def program_count(blocks: Blocks, B: int, width: int) -> int:
+    """Programs a batch row, each with consecutive blocks and none without: `SLOTS / B`, or fewer where the gradients of
+    E that they sum for themselves would be larger than `ELEMENTS` times q (small P with many heads)."""
+    R = blocks.rows_of_block(blocks.H)
+    room = ELEMENTS * blocks.N * blocks.H * width // (blocks.H * blocks.X * R)
+    share = -(-blocks.count // max(1, min(SLOTS // B, room)))
+    return -(-blocks.count // share)
 
 
 def backward(
@@ -143,8 +160,7 @@ def backward(
     """
     q, k, v = operands[:3]
     B, X = q.shape[0], blocks.X
-    share = -(-blocks.count // max(1, SLOTS // B))
-    slots = -(-blocks.count // share)  # none without a block, so that every slot is written
+    slots = program_count(blocks, B, q.shape[-1])
 
     def rows(x: Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)

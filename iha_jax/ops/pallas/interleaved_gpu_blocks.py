@@ -102,11 +102,14 @@ class Blocks:
 
     def visible(self, query_ids: Array, key_ids: Array, blocks_between: Array, axis: int = 0) -> Array:
         """[X, X]: which keys a query sees; queries along `axis`; `blocks_between` = query block - key block."""
-        query, key = (lax.broadcasted_iota(jnp.int32, (self.X, self.X), a) for a in (axis, 1 - axis))
         unit = self.P if self.causality == "virtual" else 1
+        key = lax.broadcasted_iota(jnp.int32, (self.X,), 0)
         if unit == 1:
-            query, key = (lax.div(x, jnp.int32(self.P)) for x in (query, key))
-        distance = blocks_between * (self.C * unit) + query - key
+            key = lax.div(key, jnp.int32(self.P))
+        # The block goes into the vector, not into the matrix: what does not change from block to block is kept in
+        # registers, and a vector takes few.
+        query = key + blocks_between * (self.C * unit)
+        distance = jnp.expand_dims(query, 1 - axis) - jnp.expand_dims(key, axis)
         own, other = jnp.expand_dims(query_ids, 1 - axis), jnp.expand_dims(key_ids, axis)
         allowed = (own == other) & (own != 0)
         if self.causal:
