@@ -1,7 +1,45 @@
-"""Fused IHA for NVIDIA GPUs. TODO docstring
+"""Fused IHA for NVIDIA GPUs, in Pallas: mixing, attention within the window and collapse in one kernel; two backward.
+
+NEVER RUN ON HARDWARE. Proved in interpret mode on the CPU and lowered for CUDA; its kernels at the paper's shape were
+compiled for an H100 by the Triton compiler, without a GPU (figures below). Times below are estimates.
+
+**Back end.** Triton. `jax.experimental.pallas.triton` works in jax 0.10 and 0.12 alike; since 0.11 it is deprecated for
+Mosaic GPU and warns when lowering. Mosaic GPU calls itself highly unstable, runs on Hopper and later only, and needs
+layouts and barriers by hand, which cannot be trusted without a GPU; Triton needs only whole tiles and products. Both
+lower without a GPU (jax 0.12 wants an abstract device named).
+
+**How a GPU mixes.** Tensor cores multiply tiles whose sides are powers of two, and Triton cannot cut or reorder a tile,
+so the TPU's `[P, H] x [H, C*d]`, cut into P*C rows, is out; so is padding P (20 to 32 costs 2.56 times the scores).
+Here the virtual tokens of a block stay in their order, C*P of them in X = 64 rows (60 at P = 20), and mixing is one
+product with a block-diagonal `E [X, C*H]` (`interleaved_gpu_blocks`): C times the multiply-adds of dense mixing, but as
+cheap as one tile of scores where C*H is about 64, and every operand is read as it lies in memory. RoPE by the fixed p
+follows on the product's float32 result. The collapse is the adjoint of the same product, since `collapse[g, h, p]` is
+indexed like an alpha. A per-head collapse runs as a global one with zeros.
+
+**Sum over heads.** `out[n, g]` sums over all h. One program takes a block and walks over the heads, adding to its own
+float32 rows of the output, which stay in L2: no atomics, one order of additions, same bits every time. So do dq, dk and
+dv. Gradients of E are summed by each program for itself, then by XLA. Saved for the backward pass: the inputs and the
+log-sum-exp, X numbers a block and head. No array of N*P vectors exists; the largest is twice q (gradients of E).
+
+**Bytes and FLOPs**, N = 8192, H = P = 20, d = 128, W = 10, one sequence, H100 (989 TFLOP/s, 50 MB of L2, 5.5 TB/s from
+it assumed). Unit: a 64 x 64 x 128 product, 1.05 MFLOP; 54 620 pairs of block and head, each with five key blocks.
+  - Forward, 22 units a pair (flash attention alone: 10): 1.3 TFLOP, 1.3 ms at peak; 14 GB from L2, 2.6 ms.
+  - Backward, 101 units (50 + 51; with pseudo-tokens in memory 35 to 45): 5.8 TFLOP, 5.9 ms at peak.
+  - Device memory sees q, k, v and the output, 42 MB each; written out, the pseudo-tokens are 839 MB a tensor.
+At half of peak that is about 14 ms against about 2.2 for cuDNN's MHA (1.2 TFLOP) and about 10 for the virtual sequence
+written out (4 ms of cuDNN, 18 GB of traffic). So the kernel saves memory, and by estimate not time: recomputed mixing
+is half of its products. Cheaper in time would be pseudo-tokens of a bounded slab of the sequence, mixed once and kept
+in L2. For small P the window is long and the halo is read and mixed again by every block: at P = 2, W = 1024 a pair
+reads 11 MB. There `streaming` or a pre-mixed form will be faster.
+
+**Block rule.** C = max(1, 64 // P) tokens for queries and keys alike, X = 64 (more only where P > 64), 4 warps (one
+warp group: `wgmma` is 64 rows tall), 2 stages. Compiled from the lowered IR by Triton 3.9 for sm_90a on 2026-11-24:
+forward, queries, keys take 82, 99 and 99 KB of the 228 KiB of shared memory and 255 registers a thread, so two programs
+share a multiprocessor; all products became `wgmma`, loads of q, k, v asynchronous copies. 255 is the limit: of about
+1 400 instructions of the forward loop, 95 loads and 67 stores are spills. One backward walk for both dk and dv spilled
+twice as much, hence two. Products of float32 inputs run on the CUDA cores in full precision: exact, and slow.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -36,58 +74,70 @@ def fused_interleaved_attention(
     interpret: bool = False,
     block: int | None = None,
 ) -> Float[Array, "B N H e"]:
+    """`interleaved_head_attention` in one kernel, for bfloat16 and float32 on an NVIDIA GPU; never run on one yet.
+
+    out[n, g] = sum_{h,p} collapse[g, h, p] o[n, h, p], `o` the softmax attention of the mixed, interleaved heads
+    (arXiv 2602.21371, section 4), causal or not, windowed or not, with every switch of `interleaved_head_attention`,
+    where arguments are explained and checked. Differentiable in q, k, v and the mixing weights, by kernels too.
+
+    Args:
+      mixing: (alpha_q [H, H, P], alpha_k [K, H, P], alpha_v [K, H, P], collapse [H, H, P] or [H, P]).
+      interpret: run the kernels as plain jax operations, on any device: for tests.
+      block: query and key tokens of a block, instead of the block rule's.
+
+    Products take operands of the inputs' dtype and add up in float32; softmax and RoPE are float32; the result has the
+    dtype of `q`.
+
+    Raises:
+      ValueError: for dtypes other than float32 and bfloat16; from jax, on a device other than a GPU if not interpreted.
+    """
     if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"q has dtype {q.dtype}; the fused GPU kernel expects float32 or bfloat16; else use 'streaming'")
-    B, N, H, d = q.shape
-    alpha_q, alpha_k, alpha_v, collapse = mixing
-    K, e, P = k.shape[2], v.shape[3], alpha_q.shape[2]
+        raise ValueError(f"q has dtype {q.dtype}; expected float32 or bfloat16; implementation='streaming' has others")
+    N, H, d = q.shape[1:]
+    e, P = v.shape[3], mixing[0].shape[2]
     virtual = rope_theta is not None and rope_positions == "virtual"
     blocks = Blocks(
-        N=N, H=H, K=K, P=P, C=block or block_tokens(N, P), window=window, causal=causal, causality=causality,
+        N=N, H=H, K=k.shape[2], P=P, C=block or block_tokens(N, P), window=window, causal=causal, causality=causality,
         rotated=virtual, scale=1 / math.sqrt(d),
     )  # fmt: skip
     tables = ()
-    if rope_theta is not None:
+    if rope_theta is not None:  # rope(n*P + p) = rope(p) rope(n*P): the second here, the first after mixing
         cos, sin = rotation_of_range(N, P if virtual else 1, d, rope_theta, jnp.float32)
-        q, k = (rotate(x, cos[:, None], sin[:, None]) for x in (q, k))
-    if virtual:
-        pseudo = np.minimum(np.arange(blocks.X), blocks.C * P - 1) % P
-        tables = tuple(_widened(x, power_of_two(d // 2)) for x in rotation(pseudo, d, rope_theta, jnp.float32))
+        q, k = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
+        if virtual:
+            pseudo = np.arange(blocks.X) % P
+            tables = tuple(_widened(x, power_of_two(d // 2)) for x in rotation(pseudo, d, rope_theta, jnp.float32))
+    *alphas, collapse = mixing
     if collapse.ndim == 2:
         collapse = jnp.eye(H, dtype=collapse.dtype)[:, :, None] * collapse
-    ids = jnp.ones((B, N), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     ids = jnp.pad(ids, [(0, 0), (0, blocks.count * blocks.C - N)])
     rows = (_rows(blocks, q, 1 + virtual), _rows(blocks, k, 1 + virtual), _rows(blocks, v, 1))
-    E = tuple(_block_diagonal(blocks, alpha) for alpha in (alpha_q, alpha_k, alpha_v, collapse))
-    out = _attention(Static(blocks, interpret), rows, ids, E, tables)
-    return out[:, : N * H].reshape(B, N, H, -1)[..., :e]
+    E = tuple(_block_diagonal(blocks, alpha) for alpha in (*alphas, collapse))
+    out = _attention(blocks, interpret, rows, ids, E, tables)
+    return out[:, : N * H].reshape(*q.shape[:3], -1)[..., :e]
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    blocks: Blocks
-    interpret: bool
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(blocks: Blocks, interpret: bool, rows: tuple, ids: Array, E: tuple, tables: tuple) -> Array:
+    return _attention_forward(blocks, interpret, rows, ids, E, tables)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, rows: tuple, ids: Array, E: tuple, tables: tuple) -> Array:
-    return _attention_forward(static, rows, ids, E, tables)[0]
-
-
-def _attention_forward(static: Static, rows: tuple, ids: Array, E: tuple, tables: tuple) -> tuple[Array, tuple]:
-    out, lse = forward(static.blocks, (*rows, ids, *E, *tables), static.interpret)
+def _attention_forward(
+    blocks: Blocks, interpret: bool, rows: tuple, ids: Array, E: tuple, tables: tuple
+) -> tuple[Array, tuple]:
+    out, lse = forward(blocks, (*rows, ids, *E, *tables), interpret)
     return out.astype(rows[0].dtype), (rows, ids, E, tables, lse)
 
 
-def _attention_backward(static: Static, saved: tuple, dout: Array) -> tuple:
+def _attention_backward(blocks: Blocks, interpret: bool, saved: tuple, dout: Array) -> tuple:
     rows, ids, E, tables, lse = saved
-    drows, dE = backward(static.blocks, ids, lse, (*rows, dout, *E, *tables), static.interpret)
-    return (
-        tuple(dx.astype(x.dtype) for dx, x in zip(drows, rows, strict=True)),
-        None,
-        tuple(dx.astype(x.dtype) for dx, x in zip(dE, E, strict=True)),
-        None,
-    )
+    drows, dE = backward(blocks, ids, lse, (*rows, dout, *E, *tables), interpret)
+
+    def cast(gradients: tuple, primals: tuple) -> tuple:
+        return tuple(dx.astype(x.dtype) for dx, x in zip(gradients, primals, strict=True))
+
+    return cast(drows, rows), None, cast(dE, E), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -1,9 +1,10 @@
 """Backward kernels of fused IHA for GPUs, in the manner of flash attention: everything on chip is computed again.
 
-With `w = 2^(s - lse)`, `do~ = R^T dout` and `delta = sum_e do~ o~` the gradient of a score is `ds = w (do~ v~^T - delta)`.
-`query_kernel`: a program owns query blocks; a first walk over the key blocks in reach gives `o~` (for the gradient of the
-collapse, and delta), a second one `dq~`. `key_kernel`: a program owns a key block; it walks over the query blocks that
-reach it, once for `dv~` and once for `dk~` (one walk with both sums overflows the registers). Both go back to heads by `E^T` and add their part of the gradients of E.
+With `w = 2^(s - lse)`, `do~ = R^T dout` and `delta = sum_e do~ o~` the gradient of a score is
+`ds = w (do~ v~^T - delta)`. `query_kernel`: a program owns query blocks; a first walk over the key blocks in reach
+gives `o~` (for delta and the gradient of the collapse), a second one `dq~`. `key_kernel`: a program owns key blocks; it
+walks over the query blocks that reach one, once for `dv~` and once for `dk~` (one walk with both sums overflows the
+registers). Both go back to heads by `E^T` and add their part of the gradients of E.
 Legend and the matrix products of mixing: `interleaved_gpu_blocks`.
 """
 
@@ -22,6 +23,7 @@ from iha_jax.ops.pallas.interleaved_gpu_blocks import (
     cast,
     compiler_params,
     inner_products,
+    pair,
     product,
     turn,
 )
@@ -41,17 +43,17 @@ def _scaled(x: tuple[Array, ...], scale: float) -> tuple[Array, ...]:
     return tuple(part * scale for part in x)
 
 
-def _sources(blocks: Blocks, refs: tuple[Ref, ...]) -> tuple[Source, Source, Source, Source, tuple[Ref, Ref] | None]:
+def _sources(blocks: Blocks, refs: list[Ref]) -> tuple[Source, Source, Source, Source, tuple[Ref, Ref] | None]:
     """Queries, keys, values and output gradients with their E, and the tables of RoPE."""
     q_ref, k_ref, v_ref, dout_ref, Eq, Ek, Ev, Er, *tables = refs
     H, K, parts = blocks.H, blocks.K, 1 + blocks.rotated
     query, key = Source(blocks, H, q_ref, Eq, parts), Source(blocks, K, k_ref, Ek, parts)
-    return query, key, Source(blocks, K, v_ref, Ev), Source(blocks, H, dout_ref, Er), tuple(tables) or None
+    return query, key, Source(blocks, K, v_ref, Ev), Source(blocks, H, dout_ref, Er), pair(tables)
 
 
 def query_kernel(blocks: Blocks, slots: int, ids_ref: Ref, lse_ref: Ref, *refs: Ref) -> None:
-    *refs, dq_ref, delta_ref, dEq_ref, dEr_ref = refs
-    query, key, value, dout, tables = _sources(blocks, tuple(refs))
+    *operands, dq_ref, delta_ref, dEq_ref, dEr_ref = refs
+    query, key, value, dout, tables = _sources(blocks, operands)
     dtype, X = query.rows_ref.dtype, blocks.X
     b, slot = pl.program_id(0), pl.program_id(1)
     share = -(-blocks.count // slots)
@@ -97,8 +99,8 @@ def query_kernel(blocks: Blocks, slots: int, ids_ref: Ref, lse_ref: Ref, *refs: 
 
 
 def key_kernel(blocks: Blocks, slots: int, ids_ref: Ref, lse_ref: Ref, delta_ref: Ref, *refs: Ref) -> None:
-    *refs, dk_ref, dv_ref, dEk_ref, dEv_ref = refs
-    query, key, value, dout, tables = _sources(blocks, tuple(refs))
+    *operands, dk_ref, dv_ref, dEk_ref, dEv_ref = refs
+    query, key, value, dout, tables = _sources(blocks, operands)
     dtype, X = query.rows_ref.dtype, blocks.X
     b, slot = pl.program_id(0), pl.program_id(1)
     share = -(-blocks.count // slots)
@@ -168,9 +170,7 @@ def backward(
     def matrices(S: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((B, slots, blocks.H, X, blocks.rows_of_block(S)), jnp.float32)
 
-    call = functools.partial(
-        pl.pallas_call, grid=(B, slots), compiler_params=compiler_params(), interpret=interpret
-    )
+    call = functools.partial(pl.pallas_call, grid=(B, slots), compiler_params=compiler_params(), interpret=interpret)
     dq, delta, dEq, dEr = call(
         functools.partial(query_kernel, blocks, slots),
         out_shape=(rows(q), rows(lse), matrices(blocks.H), matrices(blocks.H)),

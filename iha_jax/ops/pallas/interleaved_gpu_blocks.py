@@ -1,4 +1,4 @@
-"""What the forward and backward kernels of `interleaved_gpu` share: the cut into blocks, and the three products of mixing.
+"""What the kernels of `interleaved_gpu` share: the cut into blocks, and the three products of mixing.
 
 A block is C consecutive tokens, C*P virtual tokens in virtual order (t, p), padded to X rows. Arrays over tokens and
 heads are held as rows: `[B, rows, width]`, row `n*S + m` for token n, source head m (S = H or K), so that a block's
@@ -63,7 +63,7 @@ class Blocks:
         return -(-self.N // self.C)
 
     @property
-    def X(self) -> int:
+    def X(self) -> int:  # noqa: N802
         return power_of_two(self.C * self.P)
 
     def pieces(self, S: int) -> tuple[int, int]:
@@ -186,7 +186,7 @@ class Source:
         for_each(pieces, add)
 
     def add_outer(self, sums_ref: Ref, index: tuple[Array, Array, Array], tile: tuple[Array, ...], slot: Any) -> None:
-        """`sums_ref[slot, h] += tile rows^T`, the gradient of E; `slot` = (indices, whether this is its first block)."""
+        """`sums_ref[slot, h] += tile rows^T`, the gradient of E. `slot`: (indices, whether this is its first block)."""
         (b, block, h), (place, first) = index, slot
 
         def add(piece: Array, _: None) -> None:
@@ -206,6 +206,11 @@ def for_each(count: int, step: Any) -> None:
         step(jnp.int32(0), None)
     else:
         lax.fori_loop(0, count, step, None)
+
+
+def pair(tables: list[Ref]) -> tuple[Ref, Ref] | None:
+    """Cosines and sines as they came with the operands, if they did."""
+    return (tables[0], tables[1]) if tables else None
 
 
 def turn(x: tuple[Array, ...], tables: tuple[Ref, Ref] | None, back: bool = False) -> tuple[Array, ...]:

@@ -22,6 +22,7 @@ from iha_jax.ops.pallas.interleaved_gpu_blocks import (
     cast,
     compiler_params,
     inner_products,
+    pair,
     product,
     turn,
 )
@@ -37,9 +38,8 @@ def forward_kernel(
     ids_ref: Ref,  # [B, tokens]
     *refs: Ref,  # E of q, k, v and collapse; cosines and sines [X, d/2] if rotated; out [B, rows, e]; lse
 ) -> None:
-    *refs, out_ref, lse_ref = refs
-    Eq, Ek, Ev, Er, *tables = refs
-    tables, parts, dtype = tuple(tables) or None, 1 + blocks.rotated, q_ref.dtype
+    Eq, Ek, Ev, Er, *turning, out_ref, lse_ref = refs
+    tables, parts, dtype = pair(turning), 1 + blocks.rotated, q_ref.dtype
     query, key = Source(blocks, blocks.H, q_ref, Eq, parts), Source(blocks, blocks.K, k_ref, Ek, parts)
     value, out = Source(blocks, blocks.K, v_ref, Ev), Source(blocks, blocks.H, out_ref, Er)
     b, i = pl.program_id(0), pl.program_id(1)
