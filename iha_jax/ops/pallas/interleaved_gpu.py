@@ -40,7 +40,6 @@ share a multiprocessor; all products became `wgmma`, loads of q, k, v asynchrono
 twice as much, hence two. Products of float32 inputs run on the CUDA cores in full precision: exact, and slow.
 """
 
-import functools
 import math
 
 import jax
@@ -118,8 +117,7 @@ def fused_interleaved_attention(
     return out[:, : N * H].reshape(*q.shape[:3], -1)[..., :e]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(blocks: Blocks, interpret: bool, rows: tuple, ids: Array, E: tuple, tables: tuple) -> Array:
+def _attention_alone(blocks: Blocks, interpret: bool, rows: tuple, ids: Array, E: tuple, tables: tuple) -> Array:
     return _attention_forward(blocks, interpret, rows, ids, E, tables)[0]
 
 
@@ -140,6 +138,7 @@ def _attention_backward(blocks: Blocks, interpret: bool, saved: tuple, dout: Arr
     return cast(drows, rows), None, cast(dE, E), None
 
 
+_attention = jax.custom_vjp(_attention_alone, nondiff_argnums=(0, 1))
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
