@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from iha_jax.ops import interleaved_head_attention
 from iha_jax.ops.pallas import interleaved_gpu_backward
 from iha_jax.ops.pallas.interleaved_gpu import block_tokens, fused_interleaved_attention
+from iha_jax.ops.pallas.interleaved_gpu_blocks import Blocks, Source
 
 B, N, D, E = 2, 13, 6, 5  # batch, tokens, head width, value width
 SEGMENTS = np.asarray([[1] * 4 + [2] * 6 + [0] * 3, [0, 7, 7, 7, 7, 7, 3, 3, 3, 3, 3, 3, 3]])
@@ -146,6 +148,27 @@ def test_refuses_a_dtype_it_has_no_kernel_for():
 def test_the_block_rule():
     assert [block_tokens(8192, P) for P in (1, 2, 8, 20, 64, 100)] == [64, 32, 8, 3, 1, 1]
     assert block_tokens(2, 4) == 2
+
+
+def test_a_block_leaves_the_rows_of_the_next_block_alone():
+    """Interpreted programs run one after another and would hide it; on a GPU they run at once."""
+    blocks = Blocks(N, 5, 5, 2, 3, 2, True, "virtual", False, 1.0)
+    rows, own = blocks.rows(5), 3 * 5
+    assert blocks.rows_of_block(5) > own
+
+    def kernel(rows_ref, E_ref, _, sums_ref):
+        tile = (jnp.ones((blocks.X, 16), jnp.float32),)
+        for h in range(2):
+            Source(blocks, 5, rows_ref, E_ref).add_adjoint(sums_ref, (0, jnp.int32(0), jnp.int32(h)), tile)
+
+    E = jnp.ones((5, blocks.X, blocks.rows_of_block(5)))
+    sums = jnp.full((1, rows, 16), -7.0)
+    call = pl.pallas_call(
+        kernel, jax.ShapeDtypeStruct(sums.shape, sums.dtype), input_output_aliases={2: 0}, interpret=True
+    )
+    got = np.asarray(call(jnp.zeros_like(sums), E, sums))[0]
+    np.testing.assert_array_equal(got[:own], 2 * blocks.X)
+    np.testing.assert_array_equal(got[own:], -7)
 
 
 def an_h100():
