@@ -159,7 +159,7 @@ def test_a_block_leaves_the_rows_of_the_next_block_alone():
     def kernel(rows_ref, E_ref, _, sums_ref):
         tile = (jnp.ones((blocks.X, 16), jnp.float32),)
         for h in range(2):
-            Source(blocks, 5, rows_ref, E_ref).add_adjoint(sums_ref, (0, jnp.int32(0), jnp.int32(h)), tile)
+            Source(blocks, 5, rows_ref, E_ref).add_adjoint(sums_ref, (jnp.int32(0), jnp.int32(0), jnp.int32(h)), tile)
 
     E = jnp.ones((5, blocks.X, blocks.rows_of_block(5)))
     sums = jnp.full((1, rows, 16), -7.0)
