@@ -1,7 +1,7 @@
 """The fused GPU kernel against everything else, on a machine with an NVIDIA GPU, in one run.
 
-    python benchmarks/fused_gpu_check.py                # the paper's shape, P = 20, 8, 4, 2
-    python benchmarks/fused_gpu_check.py --rehearse     # anywhere: tiny shapes on the CPU; its times mean nothing
+    python -m benchmarks.fused_gpu_check                # the paper's shape, P = 20, 8, 4, 2
+    python -m benchmarks.fused_gpu_check --rehearse     # anywhere: tiny shapes on the CPU; its times mean nothing
 
 First parity: output and seven gradients against streaming in float32, over a few shapes and at the shape to be timed.
 Then time, forward and backward, medians and quartiles of rounds in which the candidates take turns:
