@@ -37,7 +37,8 @@ warp group: `wgmma` is 64 rows tall), 2 stages. Compiled from the lowered IR by 
 forward, queries, keys take 82, 99 and 99 KB of the 228 KiB of shared memory and 255 registers a thread, so two programs
 share a multiprocessor; all products became `wgmma`, loads of q, k, v asynchronous copies. 255 is the limit: of about
 1 400 instructions of the forward loop, 95 loads and 67 stores are spills. One backward walk for both dk and dv spilled
-twice as much, hence two. Products of float32 inputs run on the CUDA cores in full precision: exact, and slow.
+twice as much, hence two. P = 8 compiles too; P = 2 and float32 were lowered only.
+Products of float32 inputs run on the CUDA cores in full precision: exact, and slow.
 """
 
 import math
