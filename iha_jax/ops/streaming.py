@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops.blockwise import masked_softmax_attention, same_segment
 from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
 from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
-from iha_jax.ops.softmax_attention import masked_softmax_attention, same_segment
 
 VIRTUAL_QUERIES = 32  # a chunk has at least so many; larger chunks compute more scores that the window hides
 SCORES_A_STEP = 2**18  # float32 scores held at once, 1 MiB: chunks are batched up to it, and stay in cache
