@@ -3,8 +3,6 @@
 Shapes: B batch, N tokens, H query heads, K key/value heads, d head width, e value width.
 """
 
-import jax.numpy as jnp
-
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
 from iha_jax.ops.arguments import check_attention, check_implementation
