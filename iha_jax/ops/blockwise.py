@@ -36,7 +36,7 @@ def blockwise_attention(
 ) -> Float[Array, "B N H e"]:
     """`dot_product_attention`, each block of queries against the keys it can see; `window` is None or below N.
 
-    Reverse-mode derivatives, once: without a window they are written by hand (`jax.custom_vjp`).
+    Without a window the derivative is written by hand (`jax.custom_vjp`): reverse mode only, no `jax.jvp`.
     """
     N, K = q.shape[1], k.shape[2]
     q_BKGNd = jnp.moveaxis(q, 1, 2).reshape(q.shape[0], K, -1, N, q.shape[-1])

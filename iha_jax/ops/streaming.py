@@ -213,7 +213,10 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
         lse = jnp.full(mixed.shape[:-1], -1e30, working_dtype(mixed))
         lse = jax.lax.stop_gradient(jax.lax.scan(add_to_lse, lse, jax.lax.stop_gradient((ks, segments, starts)))[0])
 
-        zeros = tuple(jnp.zeros((*lse.shape[:2], rows, lse.shape[2]), lse.dtype) for rows in (vs.shape[-1], 1))
+        zero_out, zero_total = (
+            jnp.zeros((*lse.shape[:2], rows, lse.shape[2]), lse.dtype) for rows in (vs.shape[-1], 1)
+        )
+        zeros = zero_out, zero_total
 
         def weighted(mixed: Array, key: tuple[Array, Array, Array], v_BKMe: Array) -> tuple[Array, Array]:
             scores, visible = pair(mixed, query, key)
