@@ -22,7 +22,7 @@ from iha_jax.ops.rope import working_dtype
 
 MAX_BLOCKS = 8  # query blocks of different key lengths: each is compiled separately
 MIN_BLOCK = 64
-CPU_SCORES = 2**19  # scores of a query block that a CPU works on at once, 2 MiB in float32: they stay in cache
+CPU_SCORES = 2**18  # scores of a query block that a CPU works on at once, 1 MiB in float32: they stay in cache
 
 
 def blockwise_attention(
@@ -77,9 +77,8 @@ def same_segment(queries: Int[Array, "B C"], keys: Int[Array, "B M"]) -> Array:
     return (queries[..., :, None] == keys[..., None, :]) & (queries[..., :, None] != 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(causal: bool, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
-    """Unwindowed: block i of the queries against keys [0, end of block i) only."""
+def _unwindowed(causal: bool, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    """Block i of the queries against keys [0, end of block i) only."""
     return _forward(causal, q, k, v, segments)[0]
 
 
@@ -96,6 +95,7 @@ def _backward(causal: bool, saved: tuple, d_out: Array) -> tuple[Array, Array, A
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
+_blocks = jax.custom_vjp(_unwindowed, nondiff_argnums=(0,))
 _blocks.defvjp(_forward, _backward)
 
 
@@ -161,7 +161,7 @@ def _forward_heads(causal: bool, q: Array, k: Array, v: Array, *ids: Array) -> t
             scores = jnp.where(visible, scores, -1e30)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
-        if ids:  # only segments leave queries that see nothing
+        if ids and visible is not None:  # only segments leave queries that see nothing
             weights = jnp.where(visible, weights, 0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total = jnp.where(total > 0, total, 1)
