@@ -20,8 +20,8 @@ from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
 from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
 
-VIRTUAL_QUERIES = 32  # a chunk has at least so many; larger chunks compute more scores that the window hides
-SCORES_A_STEP = 2**18  # float32 scores held at once, 1 MiB: chunks are batched up to it, and stay in cache
+VIRTUAL_QUERIES = 64  # a chunk has at least so many; larger chunks compute more scores that the window hides
+SCORES_A_STEP = 2**20  # float32 scores held at once, 4 MiB: chunks are batched up to it, and stay in cache
 VIRTUAL_KEYS_GLOBAL = 256  # virtual queries and keys of a chunk when there is no window
 
 
@@ -36,6 +36,7 @@ class Geometry:
     causality: str
     rope_theta: float | None
     rope_positions: str
+    packed: bool  # whether there are segments
 
     @property
     def halo(self) -> tuple[int, int]:
@@ -79,6 +80,7 @@ class Geometry:
         """[b, H, y, x]: keys before queries. Then no matrix product of the backward pass, `dk = dS q` and so on, has
         to transpose the large side, which XLA does several times slower on a CPU."""
         q_bHdx = jnp.swapaxes(q_bHxd / math.sqrt(q_bHxd.shape[-1]), 2, 3)
+        q_bHdx = jax.lax.optimization_barrier(q_bHdx)  # or the compiler moves the transposition onto the scores
         return jnp.einsum("bhyd,bhdx->bhyx", k_bHyd, q_bHdx, preferred_element_type=working_dtype(q_bHxd))
 
     def average(self, weights_bHyx: Array, v_bHye: Array) -> Array:
@@ -94,9 +96,10 @@ class Geometry:
             return jnp.einsum("hp,bhpce->bhce", R, out.reshape(b, H, self.P, -1, e))
         return _multiply_heads(R.reshape(H, -1), out.reshape(b, H * self.P, -1, e))
 
-    def virtual(self, ids_bC: Array) -> Array:
-        """[b, C] to [b, P*C], pseudo-major."""
-        return jnp.tile(ids_bC, (1, self.P))
+    def together(self, key_ids_bM: Array, query_ids_bC: Array) -> Array:
+        """[b, 1, y, x]: pairs of one segment; [b, 1, y, 1]: keys that exist, where no segments are given."""
+        keys, queries = (jnp.tile(ids, (1, self.P)) for ids in (key_ids_bM, query_ids_bC))
+        return same_segment(keys, queries)[:, None] if self.packed else (keys != 0)[:, None, :, None]
 
 
 def _multiply_heads(weights_zS: Array, x_bSCd: Array) -> Array:
@@ -130,7 +133,7 @@ def streaming_interleaved_attention(
 ) -> Float[Array, "B N H e"]:
     """`interleaved_head_attention`, chunk by chunk; `chunk` overrides `chunk_tokens`'s choice of query tokens."""
     N, P = q.shape[1], mixing[0].shape[-1]
-    space = Geometry(N, P, window, causal, causality, rope_theta, rope_positions)
+    space = Geometry(N, P, window, causal, causality, rope_theta, rope_positions, segment_ids is not None)
     size = chunk or chunk_tokens(N, P, window)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     q, k = space.rotate_tokens(q), space.rotate_tokens(k)
@@ -149,7 +152,7 @@ def _windowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Arr
     @jax.checkpoint
     def step(q_bHCd: Array, k_bKMd: Array, v_bKMe: Array, ids_bC: Array, ids_bM: Array) -> Array:
         scores = space.scores(space.mix(q_bHCd, alpha_q), space.mix(k_bKMd, alpha_k))
-        visible = near & same_segment(space.virtual(ids_bM), space.virtual(ids_bC))[:, None]
+        visible = near & space.together(ids_bM, ids_bC)
         scores = jnp.where(visible, scores, -1e30)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=2, keepdims=True)))
         weights = jnp.where(visible, weights, 0)
@@ -192,7 +195,7 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
         k_BKMd, ids_BM, start = key
         scores = space.scores(q_bHxd, space.mix(k_BKMd, alpha_k))
         near = space.near(query[1] + jnp.arange(size), start + jnp.arange(size)).T
-        visible = near & same_segment(space.virtual(ids_BM), space.virtual(query[0]))[:, None]
+        visible = near & space.together(ids_BM, query[0])
         return scores, visible
 
     def reachable(query_start: Array, key_start: Array) -> Array:
