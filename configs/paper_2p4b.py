@@ -4,17 +4,28 @@
         --config.data.sources=c4/en --config.data.data_dir=gs://bucket/tfds \
         --config.data.tokenizer=hf:/path/to/llama3/tokenizer.json
 
-Arms: `iha` (four local IHA layers, then one global MHA layer), `global` (MHA everywhere) and `global_local` (sliding
-windows of 512 tokens and global MHA, 4:1). The arms differ in the lines of `get_config` that name them and nowhere
-else. P of the paper's run is not stated; a reader with its sources says 20. Parameters: `iha` 2 373 866 240, `global`
-and `global_local` 2 373 194 240. Hardware in the paper: 128 H200; this file has not been run at full size.
+The arms differ in the lines of `get_config` that name them and nowhere else:
+
+| arm           | layers                                                                 | parameters    |
+|---------------|------------------------------------------------------------------------|---------------|
+| iha           | four local IHA layers, then one global MHA layer                       | 2 373 866 240 |
+| global        | MHA everywhere                                                         | 2 373 194 240 |
+| global_local  | MHA with sliding windows of 512 tokens and global MHA, 4:1             | 2 373 194 240 |
+| talking_heads | talking heads everywhere                                               | 2 373 215 040 |
+| differential  | Diff Transformer (V1) everywhere                                       | 2 373 214 208 |
+| simplicial    | every fourth layer 2-simplicial with windows 512 x 32 (Roy et al.)     | 2 451 837 440 |
+| fused_mixing  | MHA with H x H mixing folded into its projections everywhere           | 2 373 225 440 |
+
+`simplicial` is not in the paper's language-model table; its second key and value projections make it 3.3 % larger than
+the others. P of the paper's run is not stated; a reader with its sources says 20. Hardware in the paper: 128 H200; this
+file has not been run at full size.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-ARMS = ("iha", "global", "global_local")
+ARMS = ("iha", "global", "global_local", "talking_heads", "differential", "simplicial", "fused_mixing")
 
 
 def get_config(arm: str = "iha") -> ConfigDict:
@@ -36,6 +47,11 @@ def get_config(arm: str = "iha") -> ConfigDict:
     elif arm == "global_local":
         model.layer_pattern = ("mha_local",) * 4 + ("mha",)
         model.window = 512
+    elif arm == "simplicial":
+        model.layer_pattern = ("mha",) * 3 + ("simplicial_local",)
+        model.simplicial.window, model.simplicial.second_window = 512, 32
+    elif arm != "global":
+        model.layer_pattern = (arm,)
 
     config.data.sources = ("c4/en",)
     config.data.tokenizer = "hf:tokenizer.json"

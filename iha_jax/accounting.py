@@ -1,8 +1,8 @@
 """Closed forms for parameters and FLOPs of every layer kind; one multiply-add is 2 FLOPs.
 
 `useful` FLOPs count the pairs of positions that the mask lets see each other: what tables, fair matching and
-utilization use. `executed` FLOPs count what a named implementation computes, masked pairs of its blocks included.
-Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % at head widths of 64 and up).
+utilization use. `executed` FLOPs (`executed.py`) count what a named implementation computes, masked pairs of its blocks
+included. Norms, softmax, RoPE and other element-wise work are left out of both (below 2 % at head widths of 64 and up).
 
 Letters: N tokens, V vocabulary, D width, L layers, H heads, K key/value heads, d head width, F MLP width,
 P pseudo-heads, W window in tokens.
@@ -10,7 +10,10 @@ P pseudo-heads, W window in tokens.
 
 from dataclasses import dataclass, fields
 
-from iha_jax.config import IHA_KINDS, ModelConfig
+from iha_jax.config import IHA_KINDS, SIMPLICIAL_KINDS, ModelConfig
+
+# The layer kinds that the formulas below know.
+COUNTED = (*IHA_KINDS, *SIMPLICIAL_KINDS, "mha", "mha_local", "talking_heads", "differential", "fused_mixing")
 
 # Peak dense bfloat16 FLOPs a second of one device, by a part of its `device_kind`; vendors' figures.
 _PEAK = {
@@ -34,7 +37,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts by role. `attention` holds the four projections and QK-norm scales, `mixing` IHA's own."""
+    """Parameter counts by role. `attention` holds the projections and QK-norm scales, `mixing` head-mixing weights."""
 
     embedding: int
     attention: int
@@ -62,23 +65,45 @@ class Flops:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def check_kind(kind: str) -> None:
+    """Raises ValueError for a layer kind that has no formula here: counting it as another would be silently wrong."""
+    if kind not in COUNTED:
+        raise ValueError(f"layer kind {kind!r} has no formula in iha_jax/accounting.py; known: {', '.join(COUNTED)}")
+
+
 def count_parameters(model: ModelConfig) -> Parameters:
     """Parameters of a model.
 
-    attention: `L D d (2 H + 2 K)`, plus `2 L d` with QK-norm; mixing, each IHA layer: `H^2 P + 2 K H P`, plus `H^2 P`
-    (global collapse; together `4 H^2 P` for K = H) or `H P` (per head); MLP: `2 L D F` (SwiGLU `3 L D F`);
-    norms: `(2 L + 1) D`; embedding: `V D`, twice if not tied.
+    attention: `L D d (2 H + 2 K)`, and `2 D K d` more in each simplicial layer; with QK-norm `2 L d`, and `d` more in
+    each simplicial layer; mixing: `mixing_parameters` of each layer; MLP: `2 L D F` (SwiGLU `3 L D F`); norms:
+    `(2 L + 1) D`, and `2 d` in each differential layer; embedding: `V D`, twice if not tied.
+    Raises ValueError for a layer kind without a formula.
     """
-    D, L, H, K, d = model.width, model.num_layers, model.num_heads, model.num_kv_heads, model.head_width
-    P = model.iha.pseudo_heads
-    collapse = H * H * P if model.iha.collapse == "global" else H * P
-    iha_layers = sum(kind in IHA_KINDS for kind in model.layer_kinds)
+    for kind in model.layer_kinds:
+        check_kind(kind)
+    D, L, K, d = model.width, model.num_layers, model.num_kv_heads, model.head_width
+    simplicial = sum(kind in SIMPLICIAL_KINDS for kind in model.layer_kinds)
+    projections = L * (2 * model.num_heads + 2 * K) + simplicial * 2 * K
     return Parameters(
         embedding=model.vocab_size * D * (1 if model.tie_embeddings else 2),
-        attention=L * (D * d * (2 * H + 2 * K) + (2 * d if model.qk_norm else 0)),
-        mixing=iha_layers * (H * H * P + 2 * K * H * P + collapse),
+        attention=D * d * projections + (d * (2 * L + simplicial) if model.qk_norm else 0),
+        mixing=sum(mixing_parameters(model, kind) for kind in model.layer_kinds),
         mlp=L * D * model.mlp_width * (3 if model.mlp == "swiglu" else 2),
-        norms=(2 * L + 1) * D,
+        norms=(2 * L + 1) * D + 2 * d * model.layer_kinds.count("differential"),
+    )
+
+
+def mixing_parameters(model: ModelConfig, kind: str) -> int:
+    """Head-mixing parameters of a layer.
+
+    IHA: `H^2 P + 2 K H P`, plus `H^2 P` (global collapse; together `4 H^2 P` for K = H) or `H P` (per head). Talking
+    heads: `2 H^2`. Fused mixing: `H^2 + 2 K^2`. Differential: the four lambda vectors, `4 d`. Others: 0.
+    """
+    H, K, P = model.num_heads, model.num_kv_heads, model.iha.pseudo_heads
+    if kind in IHA_KINDS:
+        return H * H * P + 2 * K * H * P + (H * H * P if model.iha.collapse == "global" else H * P)
+    return {"talking_heads": 2 * H * H, "fused_mixing": H * H + 2 * K * K, "differential": 4 * model.head_width}.get(
+        kind, 0
     )
 
 
@@ -92,40 +117,73 @@ def visible_pairs(N: int, window: int | None = None, *, causal: bool = True) -> 
     return pairs if causal else 2 * pairs - N
 
 
-def layer_pairs(model: ModelConfig, kind: str) -> int:
-    """Visible pairs of one head of a layer over a row of N tokens.
+def visible_triples(N: int, w1: int, w2: int, *, causal: bool = True) -> int:
+    """Triples (i, j, k) of N positions with `0 <= i - j < w1` and `0 <= i - k < w2` (absolute, if not causal)."""
 
-    MHA: `visible_pairs(N, W)`. IHA, virtual causality: `visible_pairs(N P, W P)`; token causality:
-    `P^2 visible_pairs(N, W)`.
+    def seen(i: int, w: int) -> int:
+        return min(i + 1, w) + (0 if causal else min(N - 1 - i, w - 1))
+
+    return sum(seen(i, w1) * seen(i, w2) for i in range(N))
+
+
+def layer_pairs(model: ModelConfig, kind: str) -> int:
+    """Visible pairs of one head of a layer over a row of N tokens, by the model's `causal`.
+
+    IHA, virtual causality: `visible_pairs(N P, W P)`; token causality: `P^2 visible_pairs(N, W)`. Simplicial: the
+    triples (query, key, second key), `visible_triples(N, w1, w2)`. Others: `visible_pairs(N, W)`. Raises
+    ValueError for a layer kind without a formula.
     """
-    N, P = model.context_length, model.iha.pseudo_heads
+    check_kind(kind)
+    N, P, causal = model.context_length, model.iha.pseudo_heads, model.causal
+    if kind in SIMPLICIAL_KINDS:
+        local = kind == "simplicial_local"
+        windows = (model.simplicial.window, model.simplicial.second_window) if local else (N, N)
+        return visible_triples(N, *windows, causal=causal)
     if kind not in IHA_KINDS:
-        return visible_pairs(N, model.window if kind == "mha_local" else None)
+        return visible_pairs(N, model.window if kind == "mha_local" else None, causal=causal)
     window = model.iha.window if kind == "iha_local" else None
     if model.iha.causality == "token":
-        return P * P * visible_pairs(N, window)
-    return visible_pairs(N * P, None if window is None else window * P)
+        return P * P * visible_pairs(N, window, causal=causal)
+    return visible_pairs(N * P, None if window is None else window * P, causal=causal)
 
 
-def mixing_flops_per_token(model: ModelConfig) -> int:
-    """Mixing and collapse of one IHA layer: `2 d` FLOPs a token and mixing parameter (each scales one head)."""
-    H, K, P, d = model.num_heads, model.num_kv_heads, model.iha.pseudo_heads, model.head_width
-    collapse = H * H * P if model.iha.collapse == "global" else H * P
-    return 2 * d * (H * H * P + 2 * K * H * P + collapse)
+def score_flops(model: ModelConfig, kind: str) -> int:
+    """FLOPs a visible pair (simplicial: triple) and query head of a layer.
+
+    `2 d` for the logit and `2 d` for the value, `4 d` where values are of width 2d (differential). A simplicial triple
+    costs `4 d` too: products of a query with a second key, and of a value with one, are per pair and left out.
+    """
+    return (6 if kind == "differential" else 4) * model.head_width
+
+
+def mixing_flops_per_token(model: ModelConfig, kind: str) -> float:
+    """Mixing FLOPs a token of a layer.
+
+    IHA, mixing and collapse: `2 d` a mixing parameter (each scales one head). Talking heads: `2 H^2` a visible pair for
+    logits and for weights. Fused mixing: nothing a token, since weights are mixed once a step (`2 D d (H^2 + 2 K^2)`);
+    with QK-norm `2 d (H^2 + 2 K^2)`. Others: 0.
+    """
+    parameters = mixing_parameters(model, kind)
+    if kind == "talking_heads":
+        return 2 * parameters * layer_pairs(model, kind) / model.context_length
+    if kind in IHA_KINDS or (kind == "fused_mixing" and model.qk_norm):
+        return 2 * model.head_width * parameters
+    return 0
 
 
 def flops_per_token(model: ModelConfig) -> Flops:
     """Useful forward FLOPs a token.
 
-    projections: `2 D d (2 H + 2 K)` a layer; scores (`QK^T` and weights times values): `4 d H pairs / N` a layer;
-    MLP: `4 D F` (SwiGLU `6 D F`) a layer; output: `2 D V`.
+    projections: `2 D d (2 H + 2 K)` a layer, `4 D d K` more in a simplicial one; scores: `score_flops H pairs / N` a
+    layer; mixing: `mixing_flops_per_token` of each; MLP: `4 D F` (SwiGLU `6 D F`) a layer; output: `2 D V`.
     """
     D, L, H, K, d = model.width, model.num_layers, model.num_heads, model.num_kv_heads, model.head_width
-    kinds = model.layer_kinds
+    kinds, N = model.layer_kinds, model.context_length
+    simplicial = sum(kind in SIMPLICIAL_KINDS for kind in kinds)
     return Flops(
-        projections=2.0 * L * D * d * (2 * H + 2 * K),
-        scores=4.0 * d * H * sum(layer_pairs(model, kind) for kind in kinds) / model.context_length,
-        mixing=float(mixing_flops_per_token(model) * sum(kind in IHA_KINDS for kind in kinds)),
+        projections=2.0 * D * d * (L * (2 * H + 2 * K) + simplicial * 2 * K),
+        scores=sum(score_flops(model, kind) * H * layer_pairs(model, kind) / N for kind in kinds),
+        mixing=float(sum(mixing_flops_per_token(model, kind) for kind in kinds)),
         mlp=2.0 * L * D * model.mlp_width * (3 if model.mlp == "swiglu" else 2),
         output=2.0 * D * model.vocab_size,
     )

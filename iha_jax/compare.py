@@ -6,39 +6,45 @@ Trains every arm and seed of a comparison config that is not finished yet, each 
 
 import argparse
 import os
-import signal
-import subprocess
+import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from etils import epath
 
-from iha_jax.comparison.arms import Comparison, Run, load_comparison, longer_runs, longer_steps, planned_runs
-from iha_jax.comparison.figure import draw
-from iha_jax.comparison.results import Result, is_finished, read_results
-from iha_jax.comparison.table import best_of, csv_text, make_rows, markdown_table, terminal_table, verdict
+from iha_jax.comparison.arms import (
+    Comparison,
+    Run,
+    load_comparison,
+    longer_runs,
+    longer_steps,
+    planned_runs,
+    run_config,
+)
+from iha_jax.comparison.launch import SIGNALS, Launcher
+from iha_jax.comparison.report import report
+from iha_jax.comparison.results import is_finished, read_results
 from iha_jax.training.command import refuse, split_overrides
+from iha_jax.training.run_directory import check_run
 
-Launch = Callable[[list[str], dict[str, str]], int]
-
-
-def launch(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command to its end, passing on SIGTERM and SIGINT; returns its exit code."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {
-        s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+FAILED, PREEMPTED = 1, 75
 
 
-def run_all(comparison: Comparison, workdir: str, runs: Sequence[Run], launch: Launch = launch) -> int:
-    """Runs what is not finished, in order; returns 0, or the exit code of the first run that did not end well."""
+def check_runs(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> None:
+    """Raises ValueError, before anything is trained, when a run's directory cannot be used for it: above all when a
+    finished run had another config, which would otherwise stand in the same table."""
+    if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
+        raise ValueError(f"--workdir={workdir}: is a file; expected a directory")
+    for run in runs:
+        check_run(str(epath.Path(workdir) / run.folder), run_config(comparison, run))
+
+
+def run_all(comparison: Comparison, workdir: str, runs: Sequence[Run], launcher: Launcher) -> int:
+    """Runs what is not finished, in order. Returns 0, 75 when interrupted (whatever was under way goes on next time),
+    or the exit code of the first run that failed."""
     waiting = [run for run in runs if not is_finished(epath.Path(workdir) / run.folder)]
     if len(waiting) < len(runs):
         _say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
@@ -46,71 +52,45 @@ def run_all(comparison: Comparison, workdir: str, runs: Sequence[Run], launch: L
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ
     began = time.monotonic()
     for number, run in enumerate(waiting, 1):
+        if launcher.interrupted:
+            return _interrupted()
         _say(f"run {number} of {len(waiting)}: {run.folder}")
         command = [sys.executable, "-m", "iha_jax.training", f"--config={comparison.path}:{run.base_arm}"]
         command += [f"--workdir={epath.Path(workdir) / run.folder}", *(f"--config.{o}" for o in run.overrides)]
-        code = launch(command, environment)
+        code = launcher(command, environment)
+        if launcher.interrupted and code in (PREEMPTED, *(-number for number in SIGNALS)):
+            return _interrupted()
         if code:
             _say(f"{run.folder} ended with exit code {code}. The same command goes on from there; that run alone:")
-            _say("  " + " ".join(command))
+            _say("  " + shlex.join(command))
             return code if code > 0 else 128 - code
         elapsed = time.monotonic() - began
         left = elapsed / number * (len(waiting) - number)
         _say(f"finished {run.folder}; {elapsed:.0f} s so far, about {left:.0f} s left")
-    return 0
+    return _interrupted() if launcher.interrupted else 0
 
 
-def report(comparison: Comparison, workdir: str) -> str:
-    """Writes the three files from the run directories alone, and returns the table and its sentences as text.
+def _interrupted() -> int:
+    _say("interrupted; the same command goes on from here")
+    return PREEMPTED
 
-    Raises:
-      ValueError: when no run under `workdir` is finished.
+
+def control_longer(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the `longer` control, their length measured from the finished first and last arms.
+
+    Empty when the last arm takes no longer than the first: the control would be the first arm again.
     """
-    results = read_results(workdir) if epath.Path(workdir).is_dir() else []
-    rows = make_rows(results, comparison.arms)
-    if not rows:
-        raise ValueError(f"--workdir={workdir}: no finished run to report")
-    best = best_of(rows, comparison.arms) if any(r.learning_rate is not None for r in results) else None
-    unfinished = [_place(r) for r in results if not r.finished]
-    sentences = verdict(rows if best is None else best)
-    if unfinished:
-        sentences.append("Not finished, and left out: " + ", ".join(unfinished) + ".")
-    notes = (
-        "FLOPs are useful forward FLOPs a token (visible pairs only); training costs three times as much. Losses are "
-        "final validation losses in nats a token, bits are per UTF-8 byte; ± is a 95 % Student-t interval over n "
-        "seeds; differences are in bits per byte, paired by seed, to the first arm."
+    finished = [result for result in read_results(workdir, runs).results if result.finished]
+    first, last = (
+        [result for result in finished if result.run.arm == arm] for arm in (comparison.arms[0], comparison.arms[-1])
     )
-    device = rows[0].results[0].provenance.get("runs", [{}])[-1]
-    where = f"Device: {device.get('device_count')} x {device.get('device_kind')}, started {device.get('started')}."
-    sections = [("Same setting" if best else "", rows)] + ([("Best of its learning rates", best)] if best else [])
-    text, markdown = "", "# Comparison\n\n![loss curves](comparison.png)\n"
-    for title, section in sections:
-        text += (f"\n{title}\n" if title else "\n") + terminal_table(section) + "\n"
-        markdown += (f"\n## {title}\n" if title else "") + "\n" + markdown_table(section) + "\n"
-    folder = epath.Path(workdir)
-    (folder / "comparison.md").write_text(
-        markdown + "\n" + "\n".join(f"- {s}" for s in sentences) + f"\n\n{notes}\n{where}\n"
-    )
-    (folder / "comparison.csv").write_text(csv_text(results))
-    draw(rows if best is None else best, folder / "comparison.png")
-    return text + "\n" + "\n".join(sentences) + f"\n\n{notes}\n\nwrote {folder}/comparison.md, .csv and .png"
-
-
-def _place(result: Result) -> str:
-    rate = "" if result.learning_rate is None else f"/lr{result.learning_rate:g}"
-    return f"{result.arm}{rate}/seed{result.seed}"
-
-
-def _longer(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> list[Run]:
-    """The runs of the `longer` control, their length measured from the finished first and last arms."""
-    seconds: dict[str, list[float]] = {}
-    steps = 0
-    for result in read_results(workdir):
-        if result.finished:
-            seconds.setdefault(result.arm, []).append(result.seconds_per_step)
-            steps = result.config.training.steps if result.arm == comparison.arms[-1] else steps
-    first, last = (sorted(seconds[arm])[len(seconds[arm]) // 2] for arm in (comparison.arms[0], comparison.arms[-1]))
-    return longer_runs(comparison, runs, longer_steps(steps, first, last))
+    seconds = [statistics.median(result.seconds_per_step for result in group) for group in (first, last)]
+    own, other = first[0].config.training.steps, last[0].config.training.steps
+    steps = longer_steps(other, *seconds)
+    if steps <= own:
+        _say(f"no {comparison.longer}: a step of {comparison.arms[-1]} takes no longer than one of the first arm")
+        return []
+    return longer_runs(comparison, runs, steps)
 
 
 def _say(text: str) -> None:
@@ -128,20 +108,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     flags = parser.parse_args(rest)
     try:
         comparison = load_comparison(flags.config)
-        if epath.Path(flags.workdir).exists() and not epath.Path(flags.workdir).is_dir():
-            raise ValueError(f"--workdir={flags.workdir}: is a file; expected a directory")
         runs = planned_runs(comparison, overrides)
-        if flags.report_only:
-            print(report(comparison, flags.workdir))
-            sys.exit(0)
+        if not flags.report_only:
+            check_runs(comparison, flags.workdir, runs)
+            with Launcher() as launcher:
+                code = run_all(comparison, flags.workdir, runs, launcher)
+                if not code and "longer" in comparison.controls:
+                    longer = control_longer(comparison, flags.workdir, runs)
+                    check_runs(comparison, flags.workdir, longer)
+                    code = run_all(comparison, flags.workdir, longer, launcher)
+            if code:
+                sys.exit(code)
     except ValueError as error:
         refuse(error)
-    code = run_all(comparison, flags.workdir, runs)
-    if not code and "longer" in comparison.controls:
-        code = run_all(comparison, flags.workdir, _longer(comparison, flags.workdir, runs))
-    if code:
-        sys.exit(code)
-    print(report(comparison, flags.workdir))
+    try:
+        print(report(comparison, flags.workdir, runs))
+    except ValueError as error:
+        if flags.report_only:
+            refuse(error)
+        _say(str(error))
+        sys.exit(FAILED)
     sys.exit(0)
 
 

@@ -13,8 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-LAYER_KINDS = ("mha", "mha_local", "iha", "iha_local")
+LAYER_KINDS = (
+    "mha",
+    "mha_local",
+    "iha",
+    "iha_local",
+    "talking_heads",
+    "differential",
+    "simplicial",
+    "simplicial_local",
+    "fused_mixing",
+)
 IHA_KINDS = ("iha", "iha_local")
+SIMPLICIAL_KINDS = ("simplicial", "simplicial_local")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
 
 
@@ -59,12 +70,20 @@ class IhaConfig:
     mixing_init: str = _choice("identity", "shifted", "first", "random")
     collapse_init: str = _choice("mean", "last", "first", "random")
     init_noise: float = _not_negative()
-    implementation: str = _choice("auto", "reference", "streaming")
+    implementation: str = _choice("auto", "reference", "streaming", "fused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimplicialConfig:
+    """2-simplicial attention: the windows of its two key sets, for layers of kind `simplicial_local`."""
+
+    window: int = _positive()
+    second_window: int = _positive()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. Letters as in the paper: D width, H heads, K key/value heads, d head width."""
+    """A transformer. Letters as in the paper: D width, H heads, K key/value heads, d head width."""
 
     vocab_size: int = _positive()
     context_length: int = _positive()
@@ -78,14 +97,17 @@ class ModelConfig:
     tie_embeddings: bool
     qk_norm: bool
     norm_epsilon: float = _positive()
+    causal: bool
+    positions: str = _choice("rope", "none")
     rope_theta: float = _positive()
     layer_pattern: tuple[str, ...] = _choice(*LAYER_KINDS)
     window: int = _positive()
-    implementation: str = _choice("auto", "reference", "blockwise")
+    implementation: str = _choice("auto", "reference", "blockwise", "cudnn", "splash")
     compute_dtype: str = _choice("float32", "bfloat16")
     remat: str = _choice(*REMAT_POLICIES)
     scan_layers: bool
     iha: IhaConfig
+    simplicial: SimplicialConfig
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -280,18 +302,24 @@ def _check_model(model: ModelConfig) -> list[str]:
             f"config.model.num_kv_heads = {model.num_kv_heads}: does not divide config.model.num_heads = "
             f"{model.num_heads}; choose one of {_divisors(model.num_heads)}"
         )
-    if model.head_width % 2:
+    if "differential" in model.layer_kinds and (model.num_heads % 2 or model.num_kv_heads % 2):
+        problems.append(
+            f"config.model.num_heads = {model.num_heads} with num_kv_heads = {model.num_kv_heads}: layers of kind "
+            f"'differential' halve both, so they must be even"
+        )
+    if model.head_width % 2 and model.positions == "rope":
         problems.append(f"config.model.head_width = {model.head_width}: RoPE rotates pairs, so it must be even")
-    if "mha_local" in model.layer_kinds and model.window > model.context_length:
-        problems.append(
-            f"config.model.window = {model.window}: larger than config.model.context_length = "
-            f"{model.context_length}; choose at most {model.context_length}, or layers of kind 'mha'"
-        )
-    if "iha_local" in model.layer_kinds and model.iha.window > model.context_length:
-        problems.append(
-            f"config.model.iha.window = {model.iha.window}: larger than config.model.context_length = "
-            f"{model.context_length}; choose at most {model.context_length}, or layers of kind 'iha'"
-        )
+    for kind, key, window in (
+        ("mha_local", "window", model.window),
+        ("iha_local", "iha.window", model.iha.window),
+        ("simplicial_local", "simplicial.window", model.simplicial.window),
+        ("simplicial_local", "simplicial.second_window", model.simplicial.second_window),
+    ):
+        if kind in model.layer_kinds and window > model.context_length:
+            problems.append(
+                f"config.model.{key} = {window}: larger than config.model.context_length = {model.context_length}; "
+                f"choose at most {model.context_length}, or layers of kind {kind.removesuffix('_local')!r}"
+            )
     if len(model.layer_pattern) > model.num_layers:
         problems.append(
             f"config.model.layer_pattern has {len(model.layer_pattern)} layers, more than config.model.num_layers = "

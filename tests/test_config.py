@@ -66,6 +66,15 @@ BAD = {
         dict(model__layer_pattern=("iha_local",), model__iha__window=257),
         "config.model.iha.window = 257: larger",
     ),
+    "simplicial window": (
+        dict(model__layer_pattern=("simplicial_local",), model__simplicial__second_window=257),
+        "config.model.simplicial.second_window = 257: larger than config.model.context_length = 256; choose at most "
+        "256, or layers of kind 'simplicial'",
+    ),
+    "differential heads": (
+        dict(model__layer_pattern=("differential",), model__num_kv_heads=1),
+        "config.model.num_heads = 4 with num_kv_heads = 1: layers of kind 'differential' halve both",
+    ),
     "accumulation": (dict(training__accumulation=3), "choose one of 1, 2, 4, 8"),
     "warm-up": (dict(optimizer__warmup_steps=500), "must be below config.training.steps - 1 = 499"),
     "loss chunk": (dict(training__loss_chunk=100), "does not divide config.model.context_length = 256"),

@@ -1,5 +1,6 @@
 """Diagnostics against hand-computed values and against the dense attention logits of a whole model."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from iha_jax.model import bind, initialize
+from iha_jax.ops import apply_rope
 from iha_jax.training.diagnostics import (
     effective_pseudo_heads,
     largest_logit,
@@ -74,3 +76,42 @@ def test_largest_logit_of_one_mha_layer():
                 complex_q, complex_k = q[i, h, :2] + 1j * q[i, h, 2:], k[j, h, :2] + 1j * k[j, h, 2:]
                 largest = max(largest, np.real(np.sum(complex_q * rotation * np.conj(complex_k))) / 2)
     assert got == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["talking_heads", "simplicial_local"])
+def test_largest_logit_of_mixed_and_trilinear_logits(kind, causal):
+    config = tiny(
+        model__layer_pattern=(kind,),
+        model__num_layers=1,
+        model__num_kv_heads=2,
+        model__simplicial__window=5,
+        model__simplicial__second_window=3,
+    )
+    model = dataclasses.replace(config.model, causal=causal)
+    parameters = perturbed(initialize(model, KEY), scale=0.3)
+    tokens = random_tokens(config, batch=1)
+    got = largest_logit(model, parameters, tokens, jnp.asarray([[1] * 10 + [2] * 13]))
+
+    block = jax.tree.map(lambda x: x[0], bind(model, parameters).groups).block_0
+    x = block.attention_norm(bind(model, parameters).embedding[...][tokens])
+    q, k, _ = block.attention.project(x)
+    if kind == "talking_heads":
+        q, k = (np.asarray(apply_rope(y, theta=model.rope_theta)[0], np.float64) for y in (q, k))
+        mix = np.asarray(block.attention.logits_mix[...], np.float64)
+    else:
+        k2 = np.asarray(block.attention.project_second(x)[0][0], np.float64)
+        q, k = (np.asarray(y[0], np.float64) for y in (q, k))
+
+    def sees(i, j, reach=23):
+        return abs(i - j) < reach and (j <= i or not causal) and (i < 10) == (j < 10)
+
+    found = []
+    for i in range(23):
+        for j in filter(lambda j: sees(i, j, 23 if kind == "talking_heads" else 5), range(23)):
+            if kind == "talking_heads":
+                found += list(mix.T @ [q[i, h] @ k[j, h // 3] / 2 for h in range(6)])
+            else:
+                pairs = [m for m in range(23) if sees(i, m, 3)]
+                found += [np.sum(q[i, h] * k[j, h // 3] * k2[m, h // 3]) / 2 for m in pairs for h in range(6)]
+    assert got == pytest.approx(max(found), rel=1e-5)

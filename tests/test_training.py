@@ -173,9 +173,11 @@ def test_evaluation_of_a_run_repeats_its_last_validation(data, tmp_path, capsys)
     assert result["tasks"]["loss"]["loss"] == last["loss"]
     assert result["tasks"]["loss"]["bits_per_byte"] == last["bits_per_byte"]
     assert "bits per byte" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        evaluation.main([f"--workdir={tmp_path / 'run'}", "--step=5"])
-    assert end.value.code == 2
+    for bad in ("--step=5", "--tasks=los", "--temperature=-1", f"--out={tmp_path}", f"--out={tmp_path / 'no/e.json'}"):
+        with pytest.raises(SystemExit) as end:
+            evaluation.main([f"--workdir={tmp_path / 'run'}", bad])
+        assert end.value.code == 2
+        assert bad.split("=")[0] in capsys.readouterr().err or bad == "--step=5"
 
 
 @pytest.mark.parametrize(

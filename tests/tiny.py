@@ -17,6 +17,7 @@ def tiny(**changes: Any) -> Config:
     config.model.layer_pattern = HYBRID  # one whole repetition and two layers left over
     config.model.window = 7
     config.model.iha.update(pseudo_heads=3, window=3)
+    config.model.simplicial.update(window=5, second_window=3)
     config.data.tokenizer = "bytes"
     config.training.update(steps=6, batch_size=4, log_every=1, eval_every=3, eval_rows=6, eval_batch_size=4)
     config.training.checkpoint_every = 3

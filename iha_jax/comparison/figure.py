@@ -1,6 +1,6 @@
 """The picture: validation loss against tokens, FLOPs and wall-clock."""
 
-import os
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,25 +21,35 @@ AXES = (
 
 def draw(rows: Sequence[Row], path: epath.Path) -> None:
     """Three panels; a line is the mean over seeds, a band their range."""
-    figure = Figure(figsize=(13.5, 4.2), dpi=120, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13.5, 4.4), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3, sharey=True)
-    for row, color in zip(rows, COLORS * (1 + len(rows) // len(COLORS)), strict=False):
+    shown: list[float] = []
+    for row, color in zip(rows, itertools.cycle(COLORS), strict=False):
         steps = sorted(set.intersection(*({v["step"] for v in r.val} for r in row.results)))
-        losses = np.array([[v["loss"] for v in r.val if v["step"] in steps] for r in row.results])
+        losses = _curves(row, "loss", steps)
+        # The first evaluation, of the untrained model, would flatten everything after it.
+        shown += [loss for loss in losses[:, [step > 0 for step in steps]].flat if np.isfinite(loss)]
         for panel, (name, unit, _) in zip(panels, AXES, strict=True):
-            x = np.mean([[v[name] for v in r.val if v["step"] in steps] for r in row.results], axis=0) / unit
+            x = _curves(row, name, steps).mean(0) / unit
             panel.plot(x, losses.mean(0), color=color, lw=1.8, label=f"{row.label} (n={len(row.results)})")
             panel.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2, lw=0)
-    # The first evaluation, of the untrained model, would flatten everything after it.
-    later = [v["loss"] for row in rows for r in row.results for v in r.val if v["step"] > 0]
-    low, high = min(later), max(later)
+    low, high = min(shown), max(shown)
     panels[0].set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01)
     panels[0].set_ylabel("validation loss (nats per token)")
     for panel, (_, _, label) in zip(panels, AXES, strict=True):
         panel.set_xlabel(label)
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[-1].legend(frameon=False)
-    figure.savefig(os.fspath(path), format="png")
+    figure.suptitle("Validation loss: mean over seeds, band: lowest to highest seed", fontsize=10)
+    with path.open("wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _curves(row: Row, name: str, steps: Sequence[int]) -> np.ndarray:
+    """[seeds, steps]: a column of the validation rows that all seeds have; a loss that was no number is NaN."""
+    wanted = set(steps)
+    return np.array([[v[name] for v in r.val if v["step"] in wanted] for r in row.results], dtype=float)

@@ -2,23 +2,29 @@
 
 import json
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
 
+from iha_jax.comparison.arms import Run
 from iha_jax.config import Config
 from iha_jax.training.metrics import FILE, read_metrics
 from iha_jax.training.run_directory import CONFIG, PROVENANCE, load_run_config
 
+# What a report reads of each row of metrics.jsonl, by split.
+NEEDED = {
+    "train": ("step", "seconds", "tokens_per_second"),
+    "val": ("step", "loss", "bits_per_byte", "tokens", "flops", "seconds", "peak_memory_bytes"),
+}
+
 
 @dataclass(frozen=True)
 class Result:
-    """One run directory. `arm` and `learning_rate` come from its place, everything else from its files."""
+    """One run directory: which run of the comparison it is, and what its files say."""
 
-    arm: str
-    seed: int
-    learning_rate: float | None
+    run: Run
     config: Config
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
@@ -26,7 +32,12 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        return bool(self.val) and self.val[-1]["step"] == self.config.training.steps
+        return bool(self.train and self.val) and self.val[-1]["step"] == self.config.training.steps
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last validation loss is no number (it is null in the file): there is nothing to average."""
+        return bool(self.val) and self.val[-1]["loss"] is None
 
     @property
     def final(self) -> dict[str, Any]:
@@ -41,6 +52,26 @@ class Result:
         last = self.train[-1]
         return last["seconds"] / last["step"]
 
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """What each start of the run noted: device, code, versions."""
+        return self.provenance.get("runs", [])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies under a comparison's workdir: its runs, in the order asked for, and what is not one of them."""
+
+    results: list[Result]
+    missing: list[str]
+    unreadable: list[str]
+    foreign: list[str]
+
+    @property
+    def usable(self) -> list[Result]:
+        """The finished runs that ended with a number."""
+        return [result for result in self.results if result.finished and not result.diverged]
+
 
 def is_finished(directory: epath.PathLike) -> bool:
     """Whether the run in `directory` has its last validation row."""
@@ -52,28 +83,48 @@ def is_finished(directory: epath.PathLike) -> bool:
     return bool(rows) and rows[-1]["step"] == steps
 
 
-def read_results(workdir: epath.PathLike) -> list[Result]:
-    """Every run under `workdir/<arm>/seed<k>` and `workdir/<arm>/lr<x>/seed<k>`, finished or not, in name order."""
-    results = []
-    for arm in sorted(path for path in epath.Path(workdir).iterdir() if path.is_dir() and path.name[0] != "."):
-        for place in [arm, *sorted(path for path in arm.glob("lr*") if path.is_dir())]:
-            rate = None if place == arm else float(place.name.removeprefix("lr"))
-            for run in sorted(place.glob("seed*"), key=lambda path: int(path.name.removeprefix("seed"))):
-                if (run / CONFIG).exists():
-                    results.append(_read(arm.name, rate, run))
-    return results
+def read_results(workdir: epath.PathLike, runs: Sequence[Run]) -> Found:
+    """Reads each of `runs` from `workdir/<arm>/seed<k>` or `workdir/<arm>/lr<x>/seed<k>`, finished or not."""
+    workdir = epath.Path(workdir)
+    found = Found([], [], [], [])
+    if not workdir.is_dir():
+        return found
+    for run in runs:
+        if not (workdir / run.folder / CONFIG).exists():
+            found.missing.append(run.folder)
+            continue
+        try:
+            found.results.append(_read(run, workdir / run.folder))
+        except (ValueError, OSError) as error:  # not this project's files, or torn ones
+            found.unreadable.append(f"{run.folder} ({str(error).splitlines()[0]})")
+    found.foreign.extend(_foreign(workdir, {tuple(run.folder.split("/")) for run in runs}))
+    return found
 
 
-def _read(arm: str, rate: float | None, directory: epath.Path) -> Result:
+def _foreign(folder: epath.Path, planned: set[tuple[str, ...]], above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Directories that neither are nor lead to a run of the comparison."""
+    for child in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        parts = (*above, child.name)
+        if parts in planned:
+            continue
+        if any(run[: len(parts)] == parts for run in planned):
+            yield from _foreign(child, planned, parts)
+        else:
+            yield "/".join(parts)
+
+
+def _read(run: Run, directory: epath.Path) -> Result:
     rows = read_metrics(directory / FILE)
-    by_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "val")}
-    provenance = directory / PROVENANCE
-    return Result(
-        arm=arm,
-        seed=int(directory.name.removeprefix("seed")),
-        learning_rate=rate,
-        config=load_run_config(str(directory)),
-        train=by_split["train"],
-        val=by_split["val"],
-        provenance=json.loads(provenance.read_text()) if provenance.exists() else {},
-    )
+    by_split: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    for row in rows:
+        split = str(row.get("split")) if isinstance(row, dict) else ""
+        lacking = [name for name in NEEDED.get(split, ("split",)) if name not in row]
+        if lacking:
+            raise ValueError(f"{FILE} has a row without {', '.join(lacking)}")
+        by_split[split].append(row)
+    path = directory / PROVENANCE
+    provenance = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{PROVENANCE} is not a JSON object")
+    config = load_run_config(str(directory))
+    return Result(run=run, config=config, train=by_split["train"], val=by_split["val"], provenance=provenance)

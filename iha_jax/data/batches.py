@@ -5,6 +5,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from iha_jax.data.rows import Rows
 
@@ -70,8 +71,12 @@ def train_batches(
     mixed = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
     local = _GlobalSlice(mixed, batch_size, process_index, process_count)
     batches = local.map(example).batch(batch_size // process_count)
-    dataset = batches[start_step:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    # From a bucket a row is a request: many at a time. The order of batches does not depend on it.
+    threads, ahead = (2, 8) if all(r.is_local for r in rows) else (32, 64)
+    dataset = batches[start_step:].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain's processes read flags of absl, which nobody here has parsed
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
 

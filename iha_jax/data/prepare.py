@@ -1,63 +1,33 @@
-"""`python -m iha_jax.data.prepare --input=PATH --output=DIR`: text files to a TFDS data set, and to packed rows.
+"""`python -m iha_jax.data.prepare`: text to a TFDS data set (array_record), and to packed rows.
 
-    python -m iha_jax.data.prepare --input=~/books --output=data/books                 # files -> TFDS data set
+    python -m iha_jax.data.prepare --input=~/books --suffix=.txt --output=data/books     # files -> TFDS data set
     python train.py --config=configs/base.py --workdir=runs/books --config.data.sources=data/books
 
-`--input` is a folder (every file with `--suffix` is a document), one file, a `.jsonl` file or folder of them (a
-document a line, under `--text_feature`), a directory TFDS prepared, or a TFDS name. With `--tokenizer` and
-`--context_length` the rows of every split are packed too, ahead of training, with `--workers` processes; without, the
-first run packs them.
+    python -m iha_jax.data.prepare --input=c4/en --data_dir=gs://bucket/tfds --cache_dir=gs://bucket/rows \\
+        --tokenizer=hf:tokenizer.json --context_length=8192 --workers=8                  # TFDS data set -> packed rows
+
+`--input` is a folder (every file with `--suffix` is a document; of a .jsonl file, every line is, under
+`--text_feature`), one file, a directory TFDS prepared (array_record or tfrecord), or a TFDS name. Any path may be a
+bucket's. With `--output` the documents are written as a TFDS data set; with `--tokenizer` and `--context_length` the
+rows of `--splits` are packed, ahead of training; with both, one after the other. Training packs what is not packed yet.
+
+Stopped or killed, the same command goes on where it was. Nothing is ever downloaded.
 """
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from etils import epath
 
+from iha_jax.data.dataset import write_dataset
+from iha_jax.data.documents import Listing, list_files, list_stored
 from iha_jax.data.rows import open_rows
-from iha_jax.data.text import is_text, write_dataset
+from iha_jax.data.storage import is_local
+from iha_jax.data.text import EMBEDDED, is_prepared
 from iha_jax.data.tokenizers import load_tokenizer
-
-
-def documents_of(path: epath.Path, suffix: str, text_feature: str) -> Iterator[tuple[str, bytes]]:
-    """(relative path, text) of every document under a file or folder; names what is left out on stderr.
-
-    Raises:
-      ValueError: when there is no such path, no file, or a line of a .jsonl file cannot be used (with its number).
-    """
-    if not path.exists():
-        raise ValueError(f"--input={path}: no such file or folder")
-    files = [f for f in _files(path) if f.name.endswith(suffix)]
-    if not files:
-        raise ValueError(f"--input={path}: no file" + (f" with suffix {suffix!r}" if suffix else ""))
-    for file in files:
-        name = str(file.relative_to(path)) if path.is_dir() else file.name
-        found = _lines(file, name, text_feature) if name.endswith(".jsonl") else [(name, file.read_bytes())]
-        for document, text in found:
-            if text and is_text(text):
-                yield document, text
-            else:
-                print(f"left out {document}: {'not valid UTF-8' if text else 'empty'}", file=sys.stderr)
-
-
-def _files(path: epath.Path) -> list[epath.Path]:
-    return [f for child in sorted(path.iterdir()) for f in _files(child)] if path.is_dir() else [path]
-
-
-def _lines(file: epath.Path, name: str, text_feature: str) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[text_feature]
-            yield f"{name}:{number}", text.encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file}, line {number}: expected a JSON object with a string {text_feature!r} ({error!r})"
-            ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -65,39 +35,49 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m iha_jax.data.prepare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--input", required=True)
-    parser.add_argument("--output", help="directory of the TFDS data set; not for --input that is one already")
+    parser.add_argument("--output", default="", help="directory of the TFDS data set")
     parser.add_argument("--suffix", default="", help="only files whose names end so, such as .txt")
-    parser.add_argument("--text_feature", default="text")
+    parser.add_argument("--text_feature", default="text", help="of .jsonl lines and TFDS data sets")
     parser.add_argument("--data_dir", default="", help="where TFDS finds named data sets")
-    parser.add_argument("--cache_dir", default="", help="where packed rows go")
-    parser.add_argument("--tokenizer", default="", help="bytes | hf:FILE | sp:FILE: pack rows too")
+    parser.add_argument("--cache_dir", default="", help="where packed rows go; as config.data.cache_dir in training")
+    parser.add_argument("--tokenizer", default="", help="bytes | hf:FILE | sp:FILE: pack rows")
     parser.add_argument("--context_length", type=int, default=0)
     parser.add_argument("--splits", default="train,validation")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     flags = parser.parse_args(arguments)
     try:
         _prepare(flags)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: a bucket whose file system is not installed
         print(f"refused: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 
 
 def _prepare(flags: argparse.Namespace) -> None:
-    source = flags.input
-    path = epath.Path(flags.input).expanduser()
-    if flags.output:
-        target = epath.Path(flags.output)
-        if target.exists():
-            raise ValueError(f"--output={target}: exists already; choose another, or delete it")
-        sizes = write_dataset(target, documents_of(path, flags.suffix, flags.text_feature))
-        print(f"wrote {target}: " + ", ".join(f"{count} documents in {name}" for name, count in sizes.items()))
-        source = str(target)
-    elif not flags.tokenizer:
+    if not flags.output and not flags.tokenizer:
         raise ValueError("nothing to do: expected --output=DIR, or --tokenizer and --context_length, or both")
-    if flags.tokenizer:
-        tokenizer = load_tokenizer(flags.tokenizer)
-        for split in flags.splits.split(","):
+    if flags.workers < 1:
+        raise ValueError(f"--workers={flags.workers}: expected at least 1")
+    if bool(flags.tokenizer) != (flags.context_length > 0):
+        raise ValueError(
+            f"--tokenizer={flags.tokenizer} --context_length={flags.context_length}: expected both or neither, "
+            f"and at least one token of context"
+        )
+    tokenizer = load_tokenizer(flags.tokenizer) if flags.tokenizer else None
+    splits = [name for name in flags.splits.split(",") if name]
+    if not splits:
+        raise ValueError("--splits: expected some names, such as train,validation")
+    source, text_feature = flags.input, flags.text_feature
+    if flags.output:
+        target, folder = _absolute(flags.output), _absolute(flags.input)
+        if target == folder or folder in target.parents:
+            raise ValueError(f"--output={flags.output}: lies in --input={flags.input}, and would be its own input")
+        listing = _listing(flags, splits)
+        sizes = write_dataset(target, listing, workers=flags.workers)
+        print(f"{target}: " + ", ".join(f"{count:,} documents in {name}" for name, count in sizes.items()))
+        source, text_feature = flags.output, "text"
+    if tokenizer:
+        for split in splits:
             rows = open_rows(
                 source=source,
                 split=split,
@@ -105,10 +85,28 @@ def _prepare(flags: argparse.Namespace) -> None:
                 context_length=flags.context_length,
                 data_dir=flags.data_dir,
                 cache_dir=flags.cache_dir,
-                text_feature="text" if flags.output else flags.text_feature,
+                text_feature=text_feature,
                 workers=flags.workers,
             )
             print(f"{split}: {len(rows):,} rows of {rows.context_length} tokens, {rows.num_bytes:,} bytes")
+
+
+def _absolute(path: str) -> epath.Path:
+    found = epath.Path(path).expanduser()
+    return found.resolve() if is_local(found) else found
+
+
+def _listing(flags: argparse.Namespace, splits: list[str]) -> Listing:
+    path = epath.Path(flags.input).expanduser()
+    if flags.input == EMBEDDED or is_prepared(path) or not path.exists():
+        if not path.exists() and ("://" in flags.input or flags.input.startswith(("/", ".", "~"))):
+            raise ValueError(f"--input={flags.input}: no such file or folder")
+        return list_stored(
+            flags.input, splits, data_dir=flags.data_dir, cache_dir=flags.cache_dir, text_feature=flags.text_feature
+        )
+    if unknown := set(splits) - {"train", "validation"}:
+        raise ValueError(f"--splits={flags.splits}: {min(unknown)!r} is neither train nor validation, those of files")
+    return list_files(path, flags.suffix, flags.text_feature)
 
 
 if __name__ == "__main__":

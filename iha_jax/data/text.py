@@ -1,150 +1,37 @@
-"""Where text comes from: TFDS data sets, read as random-access sources of documents; nothing is downloaded here."""
+"""Where text comes from: TFDS data sets, read as documents by range; nothing is downloaded here."""
 
 import difflib
-import functools
 import hashlib
 import os
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from etils import epath
 
+from iha_jax.data.storage import files_in, is_local, local_copy
+
 EMBEDDED = "stdlib"
-VALIDATION_PERCENT = 5
 
 
 class TextSource(Protocol):
-    """Documents as bytes, by index. `fingerprint` changes when the stored files do; making it reads no document."""
+    """Documents as bytes, by range. `fingerprint` changes when the stored files do; making it reads no document."""
 
     fingerprint: str
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> bytes: ...
+    def read(self, start: int, stop: int, staging: str) -> Iterator[bytes]:
+        """Documents [start, stop). Files of a bucket are copied whole into the local folder `staging` first."""
+        ...
+
+    def files(self, start: int, stop: int) -> set[str]:
+        """Names of the files that hold documents [start, stop)."""
+        ...
 
 
 def default_cache(cache_dir: str) -> epath.Path:
     """`cache_dir`, else $IHA_JAX_CACHE, else ~/.cache/iha_jax."""
     return epath.Path(cache_dir or os.environ.get("IHA_JAX_CACHE") or "~/.cache/iha_jax").expanduser()
-
-
-def split_of(path: str) -> str:
-    """ "train" or "validation" (about 5 %), by a hash of the relative path: stable when files come or go."""
-    bucket = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100
-    return "validation" if bucket < VALIDATION_PERCENT else "train"
-
-
-def open_text_source(
-    name: str, split: str, *, data_dir: str = "", cache_dir: str = "", text_feature: str = "text"
-) -> TextSource:
-    """Opens "stdlib" (built on first use), a directory TFDS prepared (local or a bucket), or a TFDS name.
-
-    Raises:
-      ValueError: for a source that does not exist, is not prepared, is stored in a format without random access, or
-        lacks the split or the feature; saying what to run.
-    """
-    import tensorflow_datasets as tfds
-
-    directory = stdlib_dataset(cache_dir) if name == EMBEDDED else epath.Path(name)
-    if (directory / "dataset_info.json").exists():
-        builder = tfds.builder_from_directory(directory)
-    elif "/" in name and (directory.exists() or name.startswith(("/", ".", "gs://", "s3://"))):
-        raise ValueError(
-            f"data source {name!r}: no TFDS data set there (no dataset_info.json). Prepare text files with: "
-            f"python -m iha_jax.data.prepare --input={name} --output=DIR, and use DIR"
-        )
-    else:
-        builder = _named_builder(name, data_dir)
-    if split not in builder.info.splits:
-        found = ", ".join(map(repr, builder.info.splits)) or "none: it is not prepared"
-        raise ValueError(f"data source {name!r} has no split {split!r}; its splits: {found}")
-    features: Any = builder.info.features or {}
-    if text_feature not in features:
-        raise ValueError(f"data source {name!r} has no feature {text_feature!r}; it has {list(features)}")
-    expected = builder.info.splits[split].num_examples
-    try:
-        source: Any = builder.as_data_source(split)  # type: ignore[call-issue]
-    except NotImplementedError as error:
-        raise ValueError(
-            f"data source {name!r} is stored without random access ({builder.info.file_format}); prepare it again with "
-            f"python -m iha_jax.data.prepare --input={name} --output=DIR, or as array_record"
-        ) from error
-    if len(source) != expected or not expected:
-        raise ValueError(f"data source {name!r}, split {split!r}: {len(source)} documents found, {expected} recorded")
-    return _Documents(source, text_feature, _fingerprint(epath.Path(builder.data_path), split, text_feature))
-
-
-def _fingerprint(directory: epath.Path, split: str, text_feature: str) -> str:
-    """Of names, sizes and times of the stored files, not of their contents: reading those may take hours."""
-    total = hashlib.sha256(f"{split}:{text_feature}".encode())
-    for file in sorted(directory.iterdir()):
-        stat = file.stat()
-        total.update(f"{file.name}:{stat.length}:{stat.mtime}".encode())
-    return total.hexdigest()
-
-
-class _Documents:
-    def __init__(self, source: Any, feature: str, fingerprint: str):
-        self._source, self._feature, self.fingerprint = source, feature, fingerprint
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> bytes:
-        text = self._source[index][self._feature]
-        return text.encode() if isinstance(text, str) else bytes(text)
-
-
-def _named_builder(name: str, data_dir: str) -> Any:
-    import tensorflow_datasets as tfds
-    import tensorflow_datasets.text
-    from tensorflow_datasets.core.registered import DatasetNotFoundError
-
-    try:
-        builder = tfds.builder(name, data_dir=data_dir or None)
-    except (DatasetNotFoundError, ValueError, ModuleNotFoundError) as error:
-        close = difflib.get_close_matches(name.split("/")[0], [EMBEDDED, *tfds.list_builders()], n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(
-            f"data source {name!r}: neither 'stdlib', a prepared directory, nor a TFDS name{hint}"
-        ) from error
-    if not builder.data_path.exists():
-        raise ValueError(
-            f"data source {name!r} is not prepared under {builder.data_path.parent}; nothing is downloaded while "
-            f"training. Set config.data.data_dir, or prepare it once with: tfds build {name} --file_format=array_record"
-        )
-    return builder
-
-
-@functools.cache
-def _stdlib_files(root: str) -> tuple[tuple[str, int], ...]:
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skipped)
-        for name in names:
-            if name.endswith(".py"):
-                path = os.path.join(folder, name)
-                found.append((os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)))
-    return tuple(sorted(found))
-
-
-def stdlib_dataset(cache_dir: str = "") -> epath.Path:
-    """The running Python's own standard library (tests left out) as a TFDS data set, built on first use."""
-    root = sysconfig.get_paths()["stdlib"]
-    files = _stdlib_files(root)
-    listing = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
-    target = default_cache(cache_dir) / "datasets" / f"stdlib-{sysconfig.get_python_version()}-{listing}"
-    if not (target / "dataset_info.json").exists():
-        documents = ((path, os.path.join(root, path)) for path, size in files if size)
-        write_dataset(target, ((path, _read(file)) for path, file in documents))
-    return target
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def is_text(document: bytes) -> bool:
@@ -156,63 +43,137 @@ def is_text(document: bytes) -> bool:
     return True
 
 
-def write_dataset(target: epath.Path, documents: Iterable[tuple[str, bytes]]) -> dict[str, int]:
-    """Writes (path, text) documents as a TFDS data set with splits train and validation; returns their sizes.
-
-    Documents that are not valid UTF-8 are left out. The directory appears whole or not at all.
+def open_text_source(
+    name: str, split: str, *, data_dir: str = "", cache_dir: str = "", text_feature: str = "text"
+) -> TextSource:
+    """Opens "stdlib" (built on first use), a directory TFDS prepared (local or a bucket), or a TFDS name.
 
     Raises:
-      ValueError: when no document is valid text.
+      ValueError: for a source that does not exist, is not prepared, is stored in a format without random access, or
+        lacks the split, the feature or a file; saying what to run.
     """
-    splits: dict[str, list[tuple[str, bytes]]] = {"train": [], "validation": []}
-    for path, text in documents:
-        if text and is_text(text):
-            splits[split_of(path)].append((path, text))
-    if not splits["train"] and not splits["validation"]:
-        raise ValueError(f"no document with valid UTF-8 text for {target}")
-    for empty, full in (("validation", "train"), ("train", "validation")):
-        if not splits[empty]:  # a handful of files: the hash may leave a split without any
-            moved = splits[full] if len(splits[full]) == 1 else [splits[full].pop()]
-            splits[empty] = list(moved)
-    _build(target, splits)
-    return {name: len(items) for name, items in splits.items()}
+    try:
+        builder = open_builder(name, data_dir=data_dir, cache_dir=cache_dir)
+    except ImportError as error:  # a bucket whose file system is not installed
+        raise ValueError(f"data source {name!r}: {error}") from error
+    check_split(builder, name, split, text_feature)
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":  # parquet would read too, but loses rows in silence (TFDS 4.9.10)
+        raise ValueError(
+            f"data source {name!r} is stored as {file_format}; expected array_record. Write it as that once with: "
+            f"python -m iha_jax.data.prepare --input={name} --output=DIR, and use DIR"
+        )
+    return _Documents(builder, split, text_feature)
 
 
-def _build(target: epath.Path, splits: dict[str, list[tuple[str, bytes]]]) -> None:
+def open_builder(name: str, *, data_dir: str = "", cache_dir: str = "") -> Any:
+    """The TFDS builder of "stdlib" (built on first use), a prepared directory, or a TFDS name. Raises ValueError."""
     import tensorflow_datasets as tfds
 
-    class PlainText(tfds.core.GeneratorBasedBuilder):
-        """Text documents with their relative paths."""
+    if name == EMBEDDED:
+        from iha_jax.data.dataset import stdlib_dataset
 
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = epath.Path(__file__).parent  # the class is local: TFDS cannot find its package by itself
+        directory = stdlib_dataset(cache_dir)
+    else:
+        directory = epath.Path(name).expanduser()
+    if is_prepared(directory):
+        return tfds.builder_from_directory(directory)
+    if "/" in name and (name.startswith(("/", ".", "~")) or "://" in name or directory.exists()):
+        what = "holds no TFDS data set (no dataset_info.json)" if directory.exists() else "does not exist"
+        if (directory / "prepare.json").exists():
+            raise ValueError(f"data source {name!r}: its preparation was interrupted; run the same command again")
+        raise ValueError(
+            f"data source {name!r} {what}. Prepare text files with: "
+            f"python -m iha_jax.data.prepare --input=FOLDER --output=DIR, and use DIR"
+        )
+    return _named_builder(name, data_dir)
 
-        def _info(self) -> Any:
-            features = tfds.features.FeaturesDict({"path": tfds.features.Text(), "text": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, description="Text documents.", features=features)
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-            return {name: self._generate_examples(items) for name, items in splits.items()}
+def is_prepared(directory: epath.Path) -> bool:
+    """Whether TFDS finished a data set there: it writes this file last, and so do we."""
+    return (directory / "dataset_info.json").exists()
 
-        def _generate_examples(self, items: Sequence[tuple[str, bytes]]) -> Iterator[tuple[str, dict[str, Any]]]:
-            for path, text in items:
-                yield path, {"path": path, "text": text}
 
-    scratch = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
+def check_split(builder: Any, name: str, split: str, text_feature: str) -> None:
+    """Raises ValueError when a data set lacks the split, any document in it, or the feature; naming those it has."""
+    if split not in builder.info.splits:
+        found = ", ".join(map(repr, builder.info.splits)) or "none"
+        raise ValueError(f"data source {name!r} has no split {split!r}; its splits: {found}")
+    features: Any = builder.info.features or {}
+    if text_feature not in features:
+        raise ValueError(f"data source {name!r} has no feature {text_feature!r}; it has {sorted(features)}")
+    if not builder.info.splits[split].num_examples:
+        raise ValueError(f"data source {name!r}, split {split!r}: holds no document")
+    there = files_in(epath.Path(builder.data_path))
+    wanted = {epath.Path(i.filename).name for i in builder.info.splits[split].file_instructions}
+    if missing := sorted(wanted - set(there)):
+        raise ValueError(
+            f"data source {name!r}, split {split!r}: {len(missing)} of its files are not there: {missing[:3]}"
+        )
+
+
+class _Documents:
+    def __init__(self, builder: Any, split: str, feature: str):
+        self._builder, self._split, self._feature = builder, split, feature
+        self._directory = epath.Path(builder.data_path)
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Of names, sizes and times of the stored files, not of their contents: reading those may take hours."""
+        total = hashlib.sha256(f"{self._split}:{self._feature}".encode())
+        for name, (size, version) in sorted(files_in(self._directory).items()):
+            total.update(f"{name}:{size}:{version}".encode())
+        return total.hexdigest()
+
+    def __len__(self) -> int:
+        return self._builder.info.splits[self._split].num_examples
+
+    def _slice(self, start: int, stop: int) -> str:
+        return f"{self._split}[{start}:{stop}]"
+
+    def files(self, start: int, stop: int) -> set[str]:
+        instructions = self._builder.info.splits[self._slice(start, stop)].file_instructions
+        return {epath.Path(i.filename).name for i in instructions}
+
+    def read(self, start: int, stop: int, staging: str) -> Iterator[bytes]:
+        import tensorflow_datasets as tfds
+
+        builder = self._builder
+        if not is_local(self._directory):
+            for name in ("features.json", "dataset_info.json", *self.files(start, stop)):
+                local_copy(self._directory / name, staging)
+            builder = tfds.builder_from_directory(staging)
+        source: Any = builder.as_data_source(self._slice(start, stop))  # type: ignore[call-issue]
+        if len(source) != stop - start:
+            raise ValueError(f"{self._directory}: {len(source)} documents in {self._slice(start, stop)}")
+        for i in range(stop - start):
+            yield as_bytes(source[i][self._feature])
+
+
+def as_bytes(text: Any) -> bytes:
+    """The value of a text feature, which TFDS gives as bytes or str."""
+    return text.encode() if isinstance(text, str) else bytes(text)
+
+
+def _named_builder(name: str, data_dir: str) -> Any:
+    """Found by its files alone: TFDS's own code for a name may ask the network for facts, or for the data."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
+
+    known = [EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
     try:
-        tfds.disable_progress_bar()
-        builder = PlainText(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        _publish(epath.Path(builder.data_dir), target)
-    finally:
-        scratch.rmtree(missing_ok=True)
-
-
-def _publish(built: epath.Path, target: epath.Path) -> None:
-    """Moves a finished directory to its place; a second process that was quicker with the same text wins."""
-    try:
-        built.rename(target)
-    except OSError:
-        if not (target / "dataset_info.json").exists():
-            raise
+        return builder_from_files(name, data_dir=os.path.expanduser(data_dir) or None)
+    except (DatasetNotFoundError, ValueError, ModuleNotFoundError, AssertionError) as error:
+        base = name.split("/")[0].split(":")[0]
+        if base in known:
+            where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+            raise ValueError(
+                f"data source {name!r} is not prepared under {where}, and nothing is downloaded here. Set data_dir to "
+                f"where it is, or prepare it once with: tfds build {name} --file_format=array_record ({error})"
+            ) from error
+        close = difflib.get_close_matches(base, known, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"data source {name!r}: neither 'stdlib', a prepared directory, nor a TFDS name{hint}"
+        ) from error

@@ -1,15 +1,19 @@
 """Tokenizers behind one small interface: bytes, a Hugging Face `tokenizer.json`, a SentencePiece model."""
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `document_id` separates documents; `digest` names exactly this tokenizer."""
+    """Text to token ids and back. `document_id` separates documents; `digest` names exactly this tokenizer.
+
+    Text never becomes `document_id` or another special token, whatever it says.
+    """
 
     spec: str
     vocab_size: int
@@ -19,11 +23,13 @@ class Tokenizer(Protocol):
 
     def encode(self, text: bytes | str) -> np.ndarray: ...
 
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]: ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of `spec`: "bytes", "hf:/path/tokenizer.json", or "sp:/path/x.model".
+    """The tokenizer of `spec`: "bytes", "hf:/path/tokenizer.json", or "sp:/path/x.model"; a path may be a bucket's.
 
     Raises:
       ValueError: for another spec, a missing or unreadable file, or a missing library (naming the extra to install).
@@ -34,10 +40,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     loader = {"hf": HuggingFace, "sp": SentencePiece}.get(kind)
     if loader is None or not path:
         raise ValueError(f"tokenizer = {spec!r}: expected 'bytes', 'hf:/path/tokenizer.json', or 'sp:/path/x.model'")
-    if not Path(path).is_file():
+    file = epath.Path(path).expanduser()
+    if not file.exists() or file.is_dir():
         raise ValueError(f"tokenizer = {spec!r}: no file {path}")
     try:
-        return loader(spec, path)
+        return loader(spec, file.read_bytes())
     except ImportError as error:
         raise ValueError(
             f"tokenizer = {spec!r} needs a library that is not installed: pip install 'iha_jax[tokenizers]'"
@@ -60,6 +67,9 @@ class Bytes:
         raw = text.encode() if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
 
@@ -73,53 +83,87 @@ class HuggingFace:
 
     SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
-    def __init__(self, spec: str, path: str):
-        from tokenizers import Tokenizer as Library
+    def __init__(self, spec: str, model: bytes):
+        import tokenizers
 
+        library: Any = tokenizers.Tokenizer  # its stubs lack some of what is used here
         try:
-            self._library = Library.from_file(path)
+            self._library = library.from_str(model.decode())
         except Exception as error:  # the library raises bare Exception for malformed files
             raise ValueError(f"tokenizer = {spec!r}: cannot be read as a tokenizer.json: {error}") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True  # "<|endoftext|>" in a text is text, not a separator
         self.spec = spec
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        size = self._library.get_vocab_size()
-        found = [i for i in map(self._library.token_to_id, self.SEPARATORS) if i is not None]
-        self.document_id = found[0] if found else size
+        self.digest = hashlib.sha256(model).hexdigest()
+        ids = self._library.get_vocab(with_added_tokens=True)
+        size = max(ids.values(), default=-1) + 1  # ids may have gaps
+        self.document_id = next((ids[name] for name in self.SEPARATORS if name in ids), size)
         self.vocab_size = max(size, self.document_id + 1)
-        specials = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)
-        for i in set(range(size)) - specials - {self.document_id}:
-            self.byte_lengths[i] = _byte_level_length(self._library.id_to_token(i) or "")
+        for token, length in _huggingface_lengths(json.loads(self._library.to_str()), ids):
+            self.byte_lengths[ids[token]] = length
+        self.byte_lengths[self.document_id] = 0
 
     def encode(self, text: bytes | str) -> np.ndarray:
         return np.asarray(self._library.encode(_text(text), add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        found = self._library.encode_batch_fast([_text(text) for text in texts], add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._library.decode([int(i) for i in ids if i != self.document_id])
 
 
-def _byte_level_length(token: str) -> int:
-    """Bytes of a token's text. Byte-level vocabularies write each byte as one character below U+0144;
-    SentencePiece-like ones write `<0xAB>` for a byte and U+2581 for a space."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return 1
-    if all(ord(c) < 0x144 for c in token):
-        return len(token)
-    return len(token.replace("\u2581", " ").encode())
+def _huggingface_lengths(settings: dict[str, Any], ids: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """(token, UTF-8 bytes of the text it stands for), told from the parts a `tokenizer.json` is made of.
+
+    ByteLevel vocabularies write each byte as one character. Others write text, with U+2581 for a space; with byte
+    fallback `<0xAB>` is one byte; WordPiece's "##" (the continuing prefix) stands for nothing, and an end-of-word
+    suffix for the space that it replaces. Special and unknown tokens stand for nothing; other added tokens are text.
+    """
+    added = {token["content"]: token["special"] for token in settings["added_tokens"]}
+    model = settings["model"]
+    parts = list(_types(settings["pre_tokenizer"])) + list(_types(settings["decoder"]))
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    for token in ids:
+        if token in added:
+            yield token, 0 if added[token] else len(token.encode())
+        elif token == model.get("unk_token"):
+            yield token, 0
+        elif model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            yield token, 1
+        elif "ByteLevel" in parts:
+            yield token, len(token)
+        else:
+            text = token.removeprefix(prefix)
+            if suffix and text.endswith(suffix):
+                text = text.removesuffix(suffix) + " "
+            yield token, len(text.replace("\u2581", " ").encode())
+
+
+def _types(part: Any) -> Iterator[str]:
+    """The types of a pre-tokenizer or decoder, and of those it is a sequence of."""
+    if isinstance(part, dict):
+        yield part["type"]
+        for inner in part.get("pretokenizers", []) + part.get("decoders", []):
+            yield from _types(inner)
 
 
 class SentencePiece:
     """A SentencePiece model. Its end-of-sentence id, else a new id, separates documents."""
 
-    def __init__(self, spec: str, path: str):
+    def __init__(self, spec: str, model: bytes):
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._library = SentencePieceProcessor(model_file=path)
+            self._library = SentencePieceProcessor()
+            self._library.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"tokenizer = {spec!r}: cannot be read as a SentencePiece model: {error}") from error
         self.spec = spec
-        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.digest = hashlib.sha256(model).hexdigest()
         size = self._library.GetPieceSize()
         eos = self._library.eos_id()
         self.document_id = eos if eos >= 0 else size
@@ -132,6 +176,10 @@ class SentencePiece:
 
     def encode(self, text: bytes | str) -> np.ndarray:
         return np.asarray(self._library.EncodeAsIds(_text(text)), np.int32)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        found: Any = self._library.EncodeAsIds([_text(text) for text in texts])
+        return [np.asarray(ids, np.int32) for ids in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._library.DecodeIds([int(i) for i in ids if i != self.document_id])

@@ -102,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_out(out: str | None) -> None:
+    """Refuses before the work is done what could not be written after it."""
+    from etils import epath
+
+    if out and (epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir()):
+        raise ValueError(f"--out={out}: expected a file name in a directory that exists")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 2 refused input, else a failure."""
     flags = _parser().parse_args(arguments)
@@ -114,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise ValueError(
                 f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0"
             )
+        _check_out(flags.out)
         run = restore(flags.workdir, flags.step)
         results = {name: TASKS[name](run, flags) for name in names}
     except ValueError as error:

@@ -12,9 +12,9 @@ from iha_jax.model import bind
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def _next_token(parameters, tokens_1N, length, key, *, config: ModelConfig, temperature: float):
-    segment_ids = (jnp.arange(tokens_1N.shape[1]) < length).astype(jnp.int32)[None]
     model = bind(config, parameters)
-    hidden = jax.lax.dynamic_slice_in_dim(model.hidden(tokens_1N, segment_ids), length - 1, 1, axis=1)
+    # What stands after the prompt cannot be seen from its last token: attention is causal.
+    hidden = jax.lax.dynamic_slice_in_dim(model.hidden(tokens_1N), length - 1, 1, axis=1)
     logits = model.logits(hidden)[0, 0]
     return jnp.argmax(logits) if temperature == 0 else jax.random.categorical(key, logits / temperature)
 
@@ -34,8 +34,10 @@ def sample(
     The context is the last `context_length` tokens. Stops before `stop_token`. Each token costs a full forward pass.
 
     Raises:
-      ValueError: for an empty prompt, a token outside the vocabulary, or a negative temperature.
+      ValueError: for a bidirectional model, an empty prompt, a token outside the vocabulary, or a negative temperature.
     """
+    if not config.causal:
+        raise ValueError("config.model.causal = False: a bidirectional model has no next token; expected a causal one")
     prompt = np.asarray(prompt, np.int32)
     if prompt.size == 0:
         raise ValueError("prompt is empty: expected at least one token, such as the document separator")

@@ -4,6 +4,8 @@ Shapes: B batch, N tokens, D model width, H heads, K key/value heads, d head wid
 A mechanism projects, calls one pure function of `iha_jax.ops`, and projects back. It knows no mesh and no cache.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,14 +13,27 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
 from iha_jax.model.layers import RMSNorm
-from iha_jax.ops import apply_rope, dot_product_attention, interleaved_head_attention
+from iha_jax.ops import (
+    Features,
+    apply_rope,
+    differential_attention,
+    dot_product_attention,
+    fuse_mixing,
+    interleaved_head_attention,
+    resolve_attention_implementation,
+    resolve_blocked_implementation,
+    resolve_interleaved_implementation,
+    simplicial_attention,
+    talking_heads_attention,
+)
 
 
 class MultiHeadAttention(nnx.Module):
-    """Causal multi-head attention with RoPE: `concat_h softmax(rope(x W_Q) rope(x W_K)^T / sqrt(d)) (x W_V) W_O`.
+    """Multi-head attention with RoPE: `concat_h softmax(rope(x W_Q) rope(x W_K)^T / sqrt(d)) (x W_V) W_O`.
 
     Kind `mha` sees the whole context, `mha_local` a sliding window of `config.window` tokens. With K < H, query head h
-    reads key/value head `h // (H // K)`. Segments, where given, see only themselves; segment 0 is padding.
+    reads key/value head `h // (H // K)`. Segments, where given, see only themselves; segment 0 is padding. Causal, or
+    both ways with `config.causal=False`. `config.positions="none"` leaves out RoPE.
     """
 
     def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
@@ -42,22 +57,35 @@ class MultiHeadAttention(nnx.Module):
             q_BNHd, k_BNKd = self.query_norm(q_BNHd), self.key_norm(k_BNKd)
         return q_BNHd, k_BNKd, v_BNKd
 
-    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
+    def rotate(self, q_BNHd: Array, k_BNKd: Array) -> tuple[Array, Array]:
+        if self.config.positions == "none":
+            return q_BNHd, k_BNKd
         theta = self.config.rope_theta
+        return apply_rope(q_BNHd, theta=theta), apply_rope(k_BNKd, theta=theta)
+
+    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
         return dot_product_attention(
-            apply_rope(q_BNHd, theta=theta),
-            apply_rope(k_BNKd, theta=theta),
+            *self.rotate(q_BNHd, k_BNKd),
             v_BNKd,
+            causal=self.config.causal,
             window=self.window,
             segment_ids=segment_ids_BN,
             implementation=self.config.implementation,
         )
 
     def __call__(
-        self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None = None
+        self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
     ) -> Float[Array, "B N D"]:
-        out_BNHd = self.attend(*self.project(x_BND), segment_ids_BN)
-        return jnp.einsum("bnhd,hdD->bnD", out_BNHd, self.output[...].astype(x_BND.dtype))
+        """`layer`: the number of this layer in the model, from 1; an array where layers are scanned."""
+        return self.project_back(self.attend(*self.project(x_BND), segment_ids_BN))
+
+    def project_back(self, out_BNHd: Array) -> Array:
+        return jnp.einsum("bnhd,hdD->bnD", out_BNHd, self.output[...].astype(out_BNHd.dtype))
+
+    @staticmethod
+    def kernel(config: ModelConfig, features: Features) -> str:
+        """The implementation that layers of this class use here ("auto" resolved)."""
+        return resolve_attention_implementation(config.implementation, features)
 
 
 class InterleavedHeadAttention(MultiHeadAttention):
@@ -83,19 +111,181 @@ class InterleavedHeadAttention(MultiHeadAttention):
 
     def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
         iha, dtype = self.config.iha, q_BNHd.dtype
+        positions = "none" if self.config.positions == "none" else iha.rope_positions
         mixing = (self.alpha_query, self.alpha_key, self.alpha_value, self.collapse)
         return interleaved_head_attention(
             q_BNHd,
             k_BNKd,
             v_BNKd,
             *(weight[...].astype(dtype) for weight in mixing),
+            causal=self.config.causal,
             causality=iha.causality,
             window=self.window,
-            rope_theta=None if iha.rope_positions == "none" else self.config.rope_theta,
-            rope_positions="token" if iha.rope_positions == "none" else iha.rope_positions,
+            rope_theta=None if positions == "none" else self.config.rope_theta,
+            rope_positions="token" if positions == "none" else positions,
             segment_ids=segment_ids_BN,
             implementation=iha.implementation,
         )
+
+    @staticmethod
+    def kernel(config: ModelConfig, features: Features) -> str:
+        return resolve_interleaved_implementation(config.iha.implementation, features)
+
+
+class TalkingHeadsAttention(MultiHeadAttention):
+    """Talking heads (Shazeer et al. 2020): MHA whose heads mix logits before the softmax and weights after it.
+
+        L[g] = sum_h logits_mix[h, g] q[h] k[h]^T / sqrt(d);  out[f] = sum_g weights_mix[g, f] softmax(L[g]) v[f]
+
+    Kind `talking_heads`. Adds `2 H^2` parameters to MHA's.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs=rngs)
+        H = config.num_heads
+        self.logits_mix = nnx.Param(initial_value("attention/logits_mix", (H, H), config, rngs))
+        self.weights_mix = nnx.Param(initial_value("attention/weights_mix", (H, H), config, rngs))
+
+    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
+        return talking_heads_attention(
+            *self.rotate(q_BNHd, k_BNKd),
+            v_BNKd,
+            self.logits_mix[...].astype(q_BNHd.dtype),
+            self.weights_mix[...].astype(q_BNHd.dtype),
+            causal=self.config.causal,
+            segment_ids=segment_ids_BN,
+            implementation=_blocked(self.config),
+        )
+
+    @staticmethod
+    def kernel(config: ModelConfig, features: Features) -> str:
+        """All logits are needed, so no kernel of dot-product attention fits: block-wise, unless the reference."""
+        return resolve_blocked_implementation(_blocked(config), features)
+
+
+class DifferentialAttention(MultiHeadAttention):
+    """Diff Transformer V1 (Ye et al. 2024): H/2 heads, each one softmax less lambda times another, values of 2d.
+
+        A[h] = softmax(q1[h] k1[h]^T / sqrt(d)) - lambda softmax(q2[h] k2[h]^T / sqrt(d))
+        out[h] = (1 - lambda_init) RMSNorm(A[h] v[h])
+        lambda = exp(lambda_query_1 . lambda_key_1) - exp(lambda_query_2 . lambda_key_2) + lambda_init
+        lambda_init = 0.8 - 0.6 exp(-0.3 (layer - 1)), layers counted from 1
+
+    The projections are MHA's: of its H query and K key heads the first half is group 1, and pairs of its value heads
+    are the values. The norm (epsilon 1e-5) has one scale of width 2d for all heads. Kind `differential`. Adds `6 d`
+    parameters to MHA's.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs=rngs)
+        d = config.head_width
+        self.lambda_query_1 = nnx.Param(initial_value("attention/lambda_query_1", (d,), config, rngs))
+        self.lambda_key_1 = nnx.Param(initial_value("attention/lambda_key_1", (d,), config, rngs))
+        self.lambda_query_2 = nnx.Param(initial_value("attention/lambda_query_2", (d,), config, rngs))
+        self.lambda_key_2 = nnx.Param(initial_value("attention/lambda_key_2", (d,), config, rngs))
+        self.head_norm = RMSNorm("attention/head_norm", 2 * d, config, epsilon=1e-5, rngs=rngs)
+
+    def __call__(
+        self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
+    ) -> Float[Array, "B N D"]:
+        q_BNHd, k_BNKd, v_BNKd = self.project(x_BND)
+        (B, N, K, d), H = v_BNKd.shape, self.config.num_heads
+        lambda_init = 0.8 - 0.6 * jnp.exp(-0.3 * (jnp.asarray(layer, jnp.float32) - 1))
+        first = jnp.exp(jnp.sum(self.lambda_query_1[...] * self.lambda_key_1[...]))
+        second = jnp.exp(jnp.sum(self.lambda_query_2[...] * self.lambda_key_2[...]))
+        out_BNhe = differential_attention(
+            *self.rotate(q_BNHd, k_BNKd),
+            v_BNKd.reshape(B, N, K // 2, 2 * d),
+            first - second + lambda_init,
+            causal=self.config.causal,
+            segment_ids=segment_ids_BN,
+            implementation=self.config.implementation,
+        )
+        out_BNhe = self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
+        return self.project_back(out_BNhe.reshape(B, N, H, d))
+
+    @staticmethod
+    def kernel(config: ModelConfig, features: Features) -> str:
+        wide = dataclasses.replace(features, value_width=2 * config.head_width)
+        return resolve_attention_implementation(config.implementation, wide)
+
+
+class SimplicialAttention(MultiHeadAttention):
+    """2-simplicial attention (Clift et al. 2019; Roy et al. 2025): a query attends to pairs of tokens.
+
+        logit[i, j, k] = sum_d q[i] k[j] k2[k] / sqrt(d);  out[i] = sum_{j, k} softmax_{j, k}(logit[i]) (v[j] * v2[k])
+
+    without RoPE, under which the trilinear form is not invariant. Kind `simplicial` sees all pairs (short sequences),
+    `simplicial_local` those of `config.simplicial.window` by `config.simplicial.second_window` tokens. Adds
+    `2 D K d` parameters to MHA's.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs=rngs)
+        D, K, d = config.width, config.num_kv_heads, config.head_width
+        local = config.simplicial.window, config.simplicial.second_window
+        self.windows = local if kind == "simplicial_local" else None
+        self.second_key = nnx.Param(initial_value("attention/second_key", (D, K, d), config, rngs))
+        self.second_value = nnx.Param(initial_value("attention/second_value", (D, K, d), config, rngs))
+        if config.qk_norm:
+            self.second_key_norm = RMSNorm("attention/second_key_norm", d, config, rngs=rngs)
+
+    def project_second(self, x_BND: Array) -> tuple[Array, Array]:
+        """The second keys and values [B, N, K, d]; the keys normalized if asked."""
+        k2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_key[...].astype(x_BND.dtype))
+        v2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_value[...].astype(x_BND.dtype))
+        return self.second_key_norm(k2_BNKd) if self.config.qk_norm else k2_BNKd, v2_BNKd
+
+    def __call__(
+        self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
+    ) -> Float[Array, "B N D"]:
+        out_BNHd = simplicial_attention(
+            *self.project(x_BND),
+            *self.project_second(x_BND),
+            causal=self.config.causal,
+            windows=self.windows,
+            segment_ids=segment_ids_BN,
+            implementation=_blocked(self.config),
+        )
+        return self.project_back(out_BNHd)
+
+    @staticmethod
+    def kernel(config: ModelConfig, features: Features) -> str:
+        return TalkingHeadsAttention.kernel(config, features)  # for the same reason
+
+
+class FusedMixingAttention(MultiHeadAttention):
+    """MHA whose projections' heads are mixed, `W'[:, h] = sum_m mix[m, h] W[:, m]`, each projection by its own mix.
+
+    A reparametrization of MHA, not IHA: a control. With QK-norm, which comes before mixing, queries and keys are mixed
+    after their norms, since no weight can hold that. Kind `fused_mixing`. Adds `H^2 + 2 K^2` parameters to MHA's.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        super().__init__(config, kind, rngs=rngs)
+        H, K = config.num_heads, config.num_kv_heads
+        self.mix_query = nnx.Param(initial_value("attention/mix_query", (H, H), config, rngs))
+        self.mix_key = nnx.Param(initial_value("attention/mix_key", (K, K), config, rngs))
+        self.mix_value = nnx.Param(initial_value("attention/mix_value", (K, K), config, rngs))
+
+    def project(self, x_BND: Array) -> tuple[Array, Array, Array]:
+        dtype, mixes = x_BND.dtype, (self.mix_query, self.mix_key, self.mix_value)
+        if self.config.qk_norm:
+            q_BNHd, k_BNKd, v_BNKd = (
+                fuse_mixing(x, mix[...].astype(dtype)) for x, mix in zip(super().project(x_BND), mixes, strict=True)
+            )
+            return q_BNHd, k_BNKd, v_BNKd
+        weights = (self.query, self.key, self.value)
+        q_BNHd, k_BNKd, v_BNKd = (
+            jnp.einsum("bnD,Dhd->bnhd", x_BND, fuse_mixing(weight[...], mix[...]).astype(dtype))
+            for weight, mix in zip(weights, mixes, strict=True)
+        )
+        return q_BNHd, k_BNKd, v_BNKd
+
+
+def _blocked(config: ModelConfig) -> str:
+    """The implementation name for mechanisms that have no other fast form than the block-wise one."""
+    return "reference" if config.implementation == "reference" else "auto"
 
 
 ATTENTION = {
@@ -103,4 +293,9 @@ ATTENTION = {
     "mha_local": MultiHeadAttention,
     "iha": InterleavedHeadAttention,
     "iha_local": InterleavedHeadAttention,
+    "talking_heads": TalkingHeadsAttention,
+    "differential": DifferentialAttention,
+    "simplicial": SimplicialAttention,
+    "simplicial_local": SimplicialAttention,
+    "fused_mixing": FusedMixingAttention,
 }

@@ -14,6 +14,8 @@ _NORMAL_FAN_IN = {  # number of leading axes a weight contracts over
     "attention/query": 1,
     "attention/key": 1,
     "attention/value": 1,
+    "attention/second_key": 1,
+    "attention/second_value": 1,
     "attention/output": 2,
     "mlp/up": 1,
     "mlp/gate": 1,
@@ -22,6 +24,13 @@ _NORMAL_FAN_IN = {  # number of leading axes a weight contracts over
 }
 _RESIDUAL = ("attention/output", "mlp/down")
 EMBEDDING_STD = 0.02
+LAMBDA_STD = 0.1
+MIXING = (  # head-mixing weights: no weight decay, a learning rate of their own, absent from MHA checkpoints
+    *("alpha_query", "alpha_key", "alpha_value", "collapse"),
+    *("logits_mix", "weights_mix"),
+    *("mix_query", "mix_key", "mix_value"),
+    *("lambda_query_1", "lambda_key_1", "lambda_query_2", "lambda_key_2"),
+)
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, rngs: nnx.Rngs) -> Float[Array, "..."]:
@@ -32,6 +41,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, rngs: 
     | embedding [V, D]                            | N(0, 0.02)                                                  |
     | unembedding [D, V] (when not tied)          | N(0, 1/sqrt(D))                                             |
     | attention/query, key, value; mlp/up, gate   | N(0, 1/sqrt(D))                                             |
+    | attention/second_key, second_value          | N(0, 1/sqrt(D))                                             |
     | attention/output [H, d, D], mlp/down [F, D] | N(0, 1/sqrt(fan_in)) / sqrt(2 L): they add to the residual  |
     | scale of norms                              | 1                                                           |
     | attention/alpha_query, _key, _value [S,H,P] | by `iha.mixing_init`, plus N(0, `iha.init_noise`)           |
@@ -43,6 +53,10 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, rngs: 
     | - mean                                      | R[g,h,p] = 1/P if g = h                                     |
     | - last, first                               | 1 if g = h and p = P - 1 (p = 0)                            |
     | - random                                    | N(0, 1/sqrt(H P)) (global), N(0, 1/sqrt(P)) (per head)      |
+
+    | attention/logits_mix, weights_mix [H, H]    | N(0, 1/sqrt(H)): random, as in the originals                |
+    | attention/mix_query, _key, _value [S, S]    | identity: fused mixing starts as MHA                        |
+    | attention/lambda_query_1, ... [d]           | N(0, 0.1)                                                   |
 
     The alphas have S = H source heads for queries and K for keys and values; `s(h) = h // (H / S)`.
 
@@ -56,6 +70,12 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, rngs: 
         return EMBEDDING_STD * jax.random.normal(key, shape, jnp.float32)
     if name.startswith("attention/alpha_"):
         return _initial_alpha(shape, config.iha, key)
+    if name in ("attention/logits_mix", "attention/weights_mix"):
+        return jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[0])
+    if name.startswith("attention/mix_"):
+        return jnp.eye(shape[0], dtype=jnp.float32)
+    if name.startswith("attention/lambda_"):
+        return LAMBDA_STD * jax.random.normal(key, shape, jnp.float32)
     if name == "attention/collapse":
         return _initial_collapse(shape, config.iha, key)
     std = 1 / math.sqrt(math.prod(shape[: _NORMAL_FAN_IN[name]]))

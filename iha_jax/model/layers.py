@@ -12,8 +12,8 @@ from iha_jax.model.init import initial_value
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in float32, returned in x's dtype."""
 
-    def __init__(self, name: str, width: int, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.epsilon = config.norm_epsilon
+    def __init__(self, name: str, width: int, config: ModelConfig, *, epsilon: float | None = None, rngs: nnx.Rngs):
+        self.epsilon = config.norm_epsilon if epsilon is None else epsilon
         self.scale = nnx.Param(initial_value(f"{name}/scale", (width,), config, rngs))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -34,8 +34,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm("mlp_norm", config.width, config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BND: Array, segment_ids_BN: Array | None = None) -> Array:
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), segment_ids_BN)
+    def __call__(self, x_BND: Array, segment_ids_BN: Array | None, layer: Array | int) -> Array:
+        """`layer`: the number of this layer in the model, from 1; an array where layers are scanned."""
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND), segment_ids_BN, layer)
         return x_BND + self.mlp(self.mlp_norm(x_BND))
 
 
@@ -50,9 +51,10 @@ class Group(nnx.Module):
     def blocks(self) -> list[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.size)]
 
-    def __call__(self, x_BND: Array, segment_ids_BN: Array | None = None) -> Array:
-        for block in self.blocks():
-            x_BND = block(x_BND, segment_ids_BN)
+    def __call__(self, x_BND: Array, segment_ids_BN: Array | None, first_layer: Array | int) -> Array:
+        """`first_layer`: the number of the first layer of the group in the model, from 1."""
+        for i, block in enumerate(self.blocks()):
+            x_BND = block(x_BND, segment_ids_BN, first_layer + i)
         return x_BND
 
 
@@ -84,19 +86,21 @@ class Transformer(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
 
-        def run_group(group: Group, x_BND: Array) -> Array:
-            return group(x_BND, segment_ids_BN)
+        def run_group(group: Group, x_BND: Array, first_layer: Array | int) -> Array:
+            return group(x_BND, segment_ids_BN, first_layer)
 
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=REMAT[config.remat])
         x_BND = self.embedding[...].astype(dtype)[inputs_BN]
+        size, groups = len(config.layer_pattern), config.num_groups
         if config.scan_layers:
-            x_BND, _ = jax.lax.scan(lambda x, group: (run_group(group, x), None), x_BND, self.groups)
+            stacked = self.groups, 1 + size * jnp.arange(groups)
+            x_BND, _ = jax.lax.scan(lambda x, group: (run_group(group[0], x, group[1]), None), x_BND, stacked)
         else:
-            for g in range(config.num_groups):
-                x_BND = run_group(jax.tree.map(lambda leaf, g=g: leaf[g], self.groups), x_BND)
+            for g in range(groups):
+                x_BND = run_group(jax.tree.map(lambda leaf, g=g: leaf[g], self.groups), x_BND, 1 + size * g)
         if hasattr(self, "remainder"):
-            x_BND = run_group(self.remainder, x_BND)
+            x_BND = run_group(self.remainder, x_BND, 1 + size * groups)
         return self.final_norm(x_BND)
 
     def logits(self, hidden_BND: Float[Array, "B N D"]) -> Float[Array, "B N V"]:

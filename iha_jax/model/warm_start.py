@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from iha_jax.config import ModelConfig
-
-MIXING = ("alpha_query", "alpha_key", "alpha_value", "collapse")
+from iha_jax.model.init import MIXING
 
 
 def warm_start(target: dict[str, Any], config: ModelConfig, source: dict[str, Any], source_config: ModelConfig) -> dict:

@@ -1,5 +1,8 @@
 """Attention as pure functions on arrays: lift these into your own model. Imports with jax and numpy alone."""
 
+from iha_jax.ops.differential import differential_attention
+from iha_jax.ops.fused_mixing import fuse_mixing
+from iha_jax.ops.implementations import Features, target_platform
 from iha_jax.ops.interleaved import (
     collapse_heads,
     interleave,
@@ -7,16 +10,26 @@ from iha_jax.ops.interleaved import (
     mix_heads,
     resolve_interleaved_implementation,
 )
+from iha_jax.ops.query_blocks import resolve_blocked_implementation
 from iha_jax.ops.rope import apply_rope
+from iha_jax.ops.simplicial import simplicial_attention
 from iha_jax.ops.softmax_attention import dot_product_attention, resolve_attention_implementation
+from iha_jax.ops.talking_heads import talking_heads_attention
 
 __all__ = [
+    "Features",
     "apply_rope",
     "collapse_heads",
+    "differential_attention",
     "dot_product_attention",
+    "fuse_mixing",
     "interleave",
     "interleaved_head_attention",
     "mix_heads",
     "resolve_attention_implementation",
+    "resolve_blocked_implementation",
     "resolve_interleaved_implementation",
+    "simplicial_attention",
+    "talking_heads_attention",
+    "target_platform",
 ]

@@ -1,29 +1,11 @@
 """Checks of arguments at trace time: what was got, what was expected, under the argument's name."""
 
-import difflib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from iha_jax.array_types import Array
-
-_LATER = {
-    "cudnn": "needs cuDNN on a GPU; not part of this release",
-    "splash": "needs a TPU; not part of this release",
-    "fused": "is not part of this release",
-}
-
-
-def check_implementation(name: str, available: Sequence[str], automatic: str) -> str:
-    """The implementation `name` stands for; ValueError when there is none."""
-    if name == "auto":
-        return automatic
-    if name in available:
-        return name
-    close = difflib.get_close_matches(str(name), available, n=1)
-    why = f": {_LATER[name]}" if name in _LATER else f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"implementation = {name!r}{why}; expected 'auto' or one of {', '.join(map(repr, available))}")
 
 
 def check_attention(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> None:
@@ -76,3 +58,11 @@ def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array) 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_head_mix(name: str, mix: Array, heads: int, dtype: jnp.dtype) -> None:
+    """A square mixing of `heads` heads, [source head, target head]."""
+    if mix.shape != (heads, heads):
+        raise ValueError(f"{name} has shape {mix.shape}; expected {(heads, heads)}: source head, target head")
+    if mix.dtype != dtype:
+        raise ValueError(f"{name} has dtype {mix.dtype}; expected {dtype} as what it mixes has; cast one of them")

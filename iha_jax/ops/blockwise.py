@@ -65,6 +65,11 @@ def block_size(N: int) -> int:
     return max(MIN_BLOCK, -(-N // MAX_BLOCKS))
 
 
+def window_block_size(N: int, window: int) -> int:
+    """Query tokens of a windowed block: as many as the window, none smaller than `MIN_BLOCK` tokens."""
+    return min(N, max(window, MIN_BLOCK))
+
+
 def heads_at_once(heads: int, group: int, N: int) -> int:
     """Key heads (over all batch rows) whose scores of one query block a CPU holds at once: the largest divisor of
     `heads` with `group * block_size(N) * N` scores each that stays within `CPU_SCORES`, at least 1."""
@@ -195,7 +200,7 @@ def _backward_heads(
 def _windows(q: Array, k: Array, v: Array, segments: Array | None, causal: bool, window: int) -> Array:
     """Windowed: chunks of queries, each against its own tokens and `window - 1` before (and after) them."""
     N, d = q.shape[3:]
-    size = min(N, max(window, MIN_BLOCK))
+    size = window_block_size(N, window)
     halo = (window - 1, 0 if causal else window - 1)
     ids = jnp.ones((1, N), jnp.int32) if segments is None else segments
     offset = jnp.arange(size)[:, None] - (jnp.arange(sum(halo) + size)[None] - halo[0])

@@ -8,23 +8,24 @@
 Shapes: B batch, N tokens, H heads, K key/value heads, P pseudo-heads, d head width, e value width.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
-from iha_jax.ops.arguments import check_attention, check_choice, check_implementation, check_mixing
+from iha_jax.ops.arguments import check_attention, check_choice, check_mixing
+from iha_jax.ops.implementations import Features, current_platform, resolve_implementation
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
-IMPLEMENTATIONS = ("reference", "streaming")
 
-
-def resolve_interleaved_implementation(name: str = "auto") -> str:
-    """What `implementation=name` of `interleaved_head_attention` runs: "auto" is "streaming" on every device.
+def resolve_interleaved_implementation(name: str, features: Features) -> str:
+    """What `implementation=name` of `interleaved_head_attention` runs for a call with these features.
 
     Raises:
-      ValueError: for a name that does not exist or cannot run here.
+      ValueError: for a name that does not exist or cannot run such a call here.
     """
-    return check_implementation(name, IMPLEMENTATIONS, "streaming")
+    return resolve_implementation("interleaved_head_attention", name, features)
 
 
 def mix_heads(x: Float[Array, "B N S d"], alpha: Float[Array, "S H P"]) -> Float[Array, "B N H P d"]:
@@ -75,7 +76,8 @@ def interleaved_head_attention(
         "token" (n).
       segment_ids: integers, a token sees its own segment; 0 is padding: output and gradients exactly 0.
       implementation: "reference" (loops, for tests), "streaming" (XLA on any device; holds the pseudo-tokens of one
-        chunk and its window at a time, the backward pass recomputes them), or "auto".
+        chunk and its window at a time, the backward pass recomputes them), "fused" (one Pallas kernel, TPUs and GPUs;
+        not yet run on hardware), or "auto", which takes what `implementations.TABLE` says.
 
     Scores and softmax are computed in float32 (float64 for float64 inputs); the result has the dtype of `q`.
 
@@ -88,17 +90,30 @@ def interleaved_head_attention(
     check_choice("rope_positions", rope_positions, ("virtual", "token"))
     if rope_theta is not None and not (rope_theta > 0 and q.shape[-1] % 2 == 0):
         raise ValueError(f"rope_theta = {rope_theta}, head width {q.shape[-1]}; expected theta > 0 and an even width")
-    chosen = resolve_interleaved_implementation(implementation)
-    attend = reference.interleaved_head_attention if chosen == "reference" else streaming_interleaved_attention
-    return attend(
+    features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
+    chosen = resolve_interleaved_implementation(implementation, features)
+    return _attend(chosen)(
         q,
         k,
         v,
         (alpha_q, alpha_k, alpha_v, collapse),
         causal=causal,
         causality=causality,
-        window=None if window is None or window >= q.shape[1] else window,
+        window=features.window,
         rope_theta=rope_theta,
         rope_positions=rope_positions,
         segment_ids=segment_ids,
     )
+
+
+def _attend(implementation: str) -> Callable[..., Array]:
+    if implementation == "reference":
+        return reference.interleaved_head_attention
+    if implementation == "streaming":
+        return streaming_interleaved_attention
+    # "fused", imported here: Pallas takes a second, and each kernel is for one platform.
+    if current_platform() == "tpu":
+        from iha_jax.ops.pallas.interleaved_tpu import fused_interleaved_attention
+    else:
+        from iha_jax.ops.pallas.interleaved_gpu import fused_interleaved_attention
+    return fused_interleaved_attention

@@ -45,7 +45,7 @@ def one_head(q_BId: Array, k_BJd: Array, v_BJe: Array, seen_BIJ: Array) -> Array
     return jnp.sum(weights[..., None] * v_BJe[:, None], axis=2)
 
 
-def _seen(sees: Callable[[int, int], bool], tokens: list[int], segment_ids: Array | None, B: int) -> Array:
+def seen_pairs(sees: Callable[[int, int], bool], tokens: list[int], segment_ids: Array | None, B: int) -> Array:
     """[B, I, I]: whether position i sees j by `sees`, and their tokens share a segment that is not padding."""
     allowed = jnp.asarray([[sees(i, j) for j in range(len(tokens))] for i in range(len(tokens))])
     if segment_ids is None:
@@ -54,7 +54,7 @@ def _seen(sees: Callable[[int, int], bool], tokens: list[int], segment_ids: Arra
     return allowed & (own[:, :, None] == own[:, None, :]) & (own[:, :, None] != 0)
 
 
-def _upcast(x: Array) -> Array:
+def upcast(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -70,8 +70,8 @@ def dot_product_attention(
     """`out[n, h] = sum_m softmax_m(<q[n, h], k[m, h // (H/K)]> / sqrt(d)) v[m, h // (H/K)]` over the visible m."""
     B, N, H, _ = q.shape
     group, dtype = H // k.shape[2], q.dtype
-    q, k, v = _upcast(q), _upcast(k), _upcast(v)
-    seen = _seen(lambda n, m: visible(n, m, causal=causal, reach=window), list(range(N)), segment_ids, B)
+    q, k, v = upcast(q), upcast(k), upcast(v)
+    seen = seen_pairs(lambda n, m: visible(n, m, causal=causal, reach=window), list(range(N)), segment_ids, B)
     heads = [one_head(q[:, :, h], k[:, :, h // group], v[:, :, h // group], seen) for h in range(H)]
     return jnp.stack(heads, axis=2).astype(dtype)
 
@@ -90,10 +90,10 @@ def interleaved_head_attention(
     segment_ids: Int[Array, "B N"] | None,
 ) -> Float[Array, "B N H e"]:
     """Interleaved Head Attention (arXiv 2602.21371, section 4), with the virtual sequence of each head written out."""
-    alpha_q, alpha_k, alpha_v, collapse = (_upcast(x) for x in mixing)
+    alpha_q, alpha_k, alpha_v, collapse = (upcast(x) for x in mixing)
     B, N, H, _ = q.shape
     P, dtype = alpha_q.shape[2], q.dtype
-    q, k, v = _upcast(q), _upcast(k), _upcast(v)
+    q, k, v = upcast(q), upcast(k), upcast(v)
 
     virtual = [(n, p) for n in range(N) for p in range(P)]
     positions = [n * P + p if rope_positions == "virtual" else n for n, p in virtual]
@@ -113,7 +113,7 @@ def interleaved_head_attention(
             kinds.append(mixed)
         return jnp.stack(kinds, axis=2).reshape(B, N * P, -1)
 
-    seen = _seen(sees, [n for n, _ in virtual], segment_ids, B)
+    seen = seen_pairs(sees, [n for n, _ in virtual], segment_ids, B)
     outputs = []  # of head h: [B, N*P, e]
     for h in range(H):
         queries, keys, values = sequence(q, alpha_q, h), sequence(k, alpha_k, h), sequence(v, alpha_v, h)

@@ -117,6 +117,12 @@ def chunk_tokens(N: int, P: int, window: int | None) -> int:
     return min(N, max(window, VIRTUAL_QUERIES // P, 1))
 
 
+def chunk_batches(count: int, scores: int) -> tuple[int, int]:
+    """(steps of the scan, chunks of a step) for `count` chunks of `scores` scores each; the last step is padded."""
+    steps = -(-count // max(1, min(count, SCORES_A_STEP // scores)))
+    return steps, -(-count // steps)
+
+
 def streaming_interleaved_attention(
     q: Float[Array, "B N H d"],
     k: Float[Array, "B N K d"],
@@ -168,9 +174,7 @@ def _windowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Arr
         chunk_windows(ids, size, before, after, axis=1),
     )
     count, B = chunks[0].shape[:2]
-    together = max(1, min(count, SCORES_A_STEP // (B * q.shape[1] * space.P**2 * size * reach)))
-    steps = -(-count // together)
-    together = -(-count // steps)
+    steps, together = chunk_batches(count, B * q.shape[1] * space.P**2 * size * reach)
 
     def batch(x: Array) -> Array:
         x = jnp.pad(x, [(0, steps * together - count)] + [(0, 0)] * (x.ndim - 1))

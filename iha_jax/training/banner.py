@@ -4,19 +4,43 @@ import jax
 from jax.sharding import Mesh
 
 from iha_jax.accounting import count_parameters, flops_per_token
-from iha_jax.config import IHA_KINDS, Config
-from iha_jax.ops import resolve_attention_implementation, resolve_interleaved_implementation
+from iha_jax.config import IHA_KINDS, Config, ConfigError
+from iha_jax.model import ATTENTION
+from iha_jax.ops import Features
 
 
 def kernels(config: Config) -> dict[str, str]:
-    """The implementation each kind of layer in the model really uses here ("auto" resolved)."""
+    """The implementation each kind of layer in the model really uses here ("auto" resolved).
+
+    Raises:
+      ConfigError: when one that the config names cannot run here, saying why.
+    """
+    found, problems = {}, {}
+    for kind in dict.fromkeys(config.model.layer_kinds):
+        try:
+            found[kind] = _kernel(config, kind)
+        except ValueError as error:
+            section = "config.model.iha" if kind in IHA_KINDS else "config.model"
+            problems[f"{section}.{error} (layers of kind {kind!r})"] = None
+    if problems:
+        raise ConfigError(list(problems))
+    return found
+
+
+def _kernel(config: Config, kind: str) -> str:
     model = config.model
-    return {
-        kind: resolve_interleaved_implementation(model.iha.implementation)
-        if kind in IHA_KINDS
-        else resolve_attention_implementation(model.implementation)
-        for kind in dict.fromkeys(model.layer_kinds)
-    }
+    local = {"mha_local": model.window, "iha_local": model.iha.window, "simplicial_local": model.simplicial.window}
+    window = local.get(kind)
+    features = Features(
+        dtype=model.compute_dtype,
+        tokens=model.context_length,
+        head_width=model.head_width,
+        value_width=model.head_width,
+        causal=model.causal,
+        window=None if window is None or window >= model.context_length else window,
+        segments=config.data.document_attention,
+    )
+    return ATTENTION[kind].kernel(model, features)
 
 
 def describe(config: Config, mesh: Mesh, start_step: int) -> str:

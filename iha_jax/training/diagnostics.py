@@ -1,6 +1,7 @@
-"""What IHA's mixing weights and the attention logits are doing, for the metrics of every evaluation.
+"""What head-mixing weights and attention logits are doing, for the metrics of every evaluation.
 
-Shapes: B batch, N tokens, D model width, H heads, S source heads, P pseudo-heads, L IHA layers.
+Shapes: B batch, N tokens, D model width, H heads, S source heads, P pseudo-heads, L IHA layers;
+M keys, tokens or virtual tokens.
 """
 
 import functools
@@ -13,11 +14,13 @@ import numpy as np
 
 from iha_jax.array_types import Array, Float
 from iha_jax.config import Config, ModelConfig
-from iha_jax.model import InterleavedHeadAttention, bind
+from iha_jax.model import InterleavedHeadAttention, SimplicialAttention, TalkingHeadsAttention, bind
 from iha_jax.ops import apply_rope, interleave, mix_heads
 from iha_jax.training.optimizer import is_mixing
+from iha_jax.training.step import attended_segments
 
 MAX_VIRTUAL_TOKENS = 1024
+MAX_SIMPLICIAL_TOKENS = 48
 
 
 def pseudo_head_distance(alpha: Float[Array, "... S H P"]) -> Float[Array, "..."]:
@@ -47,7 +50,7 @@ def effective_pseudo_heads(alpha: Float[Array, "... S H P"]) -> Float[Array, "..
 
 
 def mixing_diagnostics(parameters: dict[str, Any]) -> dict[str, Array]:
-    """Means over all IHA layers: pseudo-head distance, effective P and norm of each alpha, norm of the collapse."""
+    """Means over layers: norm of each head-mixing weight; pseudo-head distance and effective P of each alpha of IHA."""
     found: dict[str, list[Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
         name = "/".join(str(entry.key) for entry in path)  # type: ignore[union-attr]
@@ -56,59 +59,96 @@ def mixing_diagnostics(parameters: dict[str, Any]) -> dict[str, Array]:
         kind = name.rsplit("/", 1)[-1]
         layers = leaf if name.startswith("groups/") else leaf[None]
         found.setdefault(f"{kind}_norm", []).append(jnp.linalg.norm(layers.reshape(layers.shape[0], -1), axis=-1))
-        if kind != "collapse":
+        if kind.startswith("alpha_"):
             found.setdefault(f"{kind}_distance", []).append(pseudo_head_distance(layers))
             found.setdefault(f"{kind}_effective_p", []).append(effective_pseudo_heads(layers))
     return {name: jnp.mean(jnp.concatenate(values)) for name, values in found.items()}
 
 
-def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array, segment_ids: Array) -> Array:
-    """The largest attention logit `<q, k> / sqrt(d)` of visible pairs, over all layers, heads and rows given.
+def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array, segment_ids: Array | None) -> Array:
+    """The largest attention logit, as the softmax gets it, of visible pairs, over all layers, heads and rows given.
 
-    Looks at the first `max(1, 1024 // P)` tokens of each row, so that the dense scores of one layer stay small.
+    Looks at the first `max(1, 1024 // P)` tokens of each row (simplicial layers: 48), so that the dense scores of one
+    layer stay small.
     """
     model = bind(config, parameters)
     tokens = max(1, MAX_VIRTUAL_TOKENS // (config.iha.pseudo_heads if config.uses_iha else 1))
-    inputs, segment_ids = inputs[:, :tokens], segment_ids[:, :tokens]
+    inputs = inputs[:, :tokens]
+    segment_ids = None if segment_ids is None else segment_ids[:, :tokens]
+    logit_segments = jnp.ones_like(inputs) if segment_ids is None else segment_ids
     x_BND = model.embedding[...].astype(jnp.dtype(config.compute_dtype))[inputs]
 
-    def step(carry: tuple[Array, Array], group: Any) -> tuple[tuple[Array, Array], None]:
+    def step(carry: tuple[Array, Array], group: tuple[Any, Array]) -> tuple[tuple[Array, Array], None]:
         x_BND, largest = carry
-        for block in group.blocks():
-            largest = jnp.maximum(largest, _layer_logit(block, x_BND, segment_ids))
-            x_BND = block(x_BND, segment_ids)
+        for i, block in enumerate(group[0].blocks()):
+            largest = jnp.maximum(largest, _layer_logit(block, x_BND, logit_segments))
+            x_BND = block(x_BND, segment_ids, group[1] + i)
         return (x_BND, largest), None
 
     carry = (x_BND, jnp.full((), -jnp.inf, jnp.float32))
-    carry, _ = jax.lax.scan(step, carry, model.groups)
+    first_layers = 1 + len(config.layer_pattern) * jnp.arange(config.num_groups + 1)
+    carry, _ = jax.lax.scan(step, carry, (model.groups, first_layers[:-1]))
     if hasattr(model, "remainder"):
-        carry, _ = step(carry, model.remainder)
+        carry, _ = step(carry, (model.remainder, first_layers[-1]))
     return carry[1]
 
 
 def _layer_logit(block: Any, x_BND: Array, segment_ids: Array) -> Array:
-    attention, config = block.attention, block.attention.config
-    q, k, _ = attention.project(block.attention_norm(x_BND))
-    pseudo_heads, positions, token_causal = 1, "token", True
+    attention, x_BND = block.attention, block.attention_norm(x_BND)
+    if isinstance(attention, SimplicialAttention):
+        return _simplicial_logit(attention, x_BND[:, :MAX_SIMPLICIAL_TOKENS], segment_ids[:, :MAX_SIMPLICIAL_TOKENS])
     if isinstance(attention, InterleavedHeadAttention):
-        pseudo_heads, positions = config.iha.pseudo_heads, config.iha.rope_positions
-        token_causal = config.iha.causality == "token"
-        q = interleave(mix_heads(q, attention.alpha_query[...].astype(q.dtype)))
-        k = interleave(mix_heads(k, attention.alpha_key[...].astype(k.dtype)))
-    else:
-        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        return _interleaved_logit(attention, x_BND, segment_ids)
+    q, k, _ = attention.project(x_BND)
+    logits = _dots(*attention.rotate(q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)))
+    if isinstance(attention, TalkingHeadsAttention):
+        logits = jnp.einsum("bhnm,hg->bgnm", logits, attention.logits_mix[...])
+    near = _near(np.arange(q.shape[1]), attention.window, attention.config.causal)
+    return _largest(logits, near & _together(segment_ids))
+
+
+def _interleaved_logit(attention: InterleavedHeadAttention, x_BND: Array, segment_ids: Array) -> Array:
+    config, iha = attention.config, attention.config.iha
+    q, k, _ = attention.project(x_BND)
+    q = interleave(mix_heads(q, attention.alpha_query[...].astype(q.dtype)))
+    k = interleave(mix_heads(k, attention.alpha_key[...].astype(k.dtype)))
     virtual = np.arange(q.shape[1])
-    token = virtual // pseudo_heads
-    if positions != "none":
-        where = token if positions == "token" else virtual
+    token = virtual // iha.pseudo_heads
+    if "none" not in (config.positions, iha.rope_positions):
+        where = token if iha.rope_positions == "token" else virtual
         q, k = (apply_rope(x, theta=config.rope_theta, positions=where) for x in (q, k))
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    position, unit = (token, 1) if token_causal else (virtual, pseudo_heads)
-    distance = position[:, None] - position[None]
-    visible = (distance >= 0) & (distance < (attention.window or q.shape[1]) * unit)
-    segment = segment_ids[:, token]
-    same = (segment[:, :, None] == segment[:, None]) & (segment[:, :, None] > 0)
-    return jnp.max(jnp.where(visible & same[:, None], logits, -jnp.inf))
+    position, unit = (token, 1) if iha.causality == "token" else (virtual, iha.pseudo_heads)
+    near = _near(position, None if attention.window is None else attention.window * unit, config.causal)
+    return _largest(_dots(q, k), near & _together(segment_ids[:, token]))
+
+
+def _simplicial_logit(attention: SimplicialAttention, x_BND: Array, segment_ids: Array) -> Array:
+    (q, k, _), (k2, _) = attention.project(x_BND), attention.project_second(x_BND)
+    k, k2 = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, k2))
+    logits = jnp.einsum("bihd,bjhd,bkhd->bhijk", q / math.sqrt(q.shape[-1]), k, k2).astype(jnp.float32)
+    seen, seen2 = (
+        _near(np.arange(q.shape[1]), w, attention.config.causal) & _together(segment_ids)
+        for w in attention.windows or (None, None)
+    )
+    return _largest(logits, seen[..., None] & seen2[..., None, :])
+
+
+def _dots(q: Array, k: Array) -> Array:
+    return jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+
+
+def _near(positions: np.ndarray, reach: int | None, causal: bool) -> Array:
+    """[N, N]: which positions are not later (if causal) and nearer than `reach` (if there is one)."""
+    distance = positions[:, None] - positions[None]
+    return jnp.asarray((np.abs(distance) < (reach or np.inf)) & ((distance >= 0) | (not causal)))
+
+
+def _together(segment_ids: Array) -> Array:
+    return (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, :, None] > 0)
+
+
+def _largest(logits_BH: Array, visible_B: Array) -> Array:
+    return jnp.max(jnp.where(visible_B[:, None], logits_BH, -jnp.inf))
 
 
 def make_diagnostics(config: Config) -> Any:
@@ -117,6 +157,7 @@ def make_diagnostics(config: Config) -> Any:
     @functools.partial(jax.jit)
     def diagnostics(parameters: dict[str, Any], inputs: Array, segment_ids: Array) -> dict[str, Array]:
         values = mixing_diagnostics(parameters)
-        return values | {"largest_attention_logit": largest_logit(config.model, parameters, inputs, segment_ids)}
+        segments = attended_segments(config, segment_ids)
+        return values | {"largest_attention_logit": largest_logit(config.model, parameters, inputs, segments)}
 
     return diagnostics

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from iha_jax.config import Config
+from iha_jax.config import Config, ConfigError
 from iha_jax.data.batches import train_batches
 from iha_jax.data.corpus import Corpus, open_corpus
 from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, data_mesh, place_batch, replicated
@@ -46,6 +46,11 @@ def admit(config: Config, workdir: str) -> Job:
     """
     mesh = data_mesh()
     check_batch_sizes(config, mesh.size)
+    if not config.model.causal:
+        raise ConfigError(
+            ["config.model.causal = False: each token would see the one it must predict; language models need True"]
+        )
+    kernels(config)
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)

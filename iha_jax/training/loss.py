@@ -1,6 +1,7 @@
 """The language-model loss. Shapes: B batch, N tokens, D model width, C tokens of a row handled at once."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.model import Transformer
 
 
-def summed_loss(model: Transformer, batch: dict[str, Array], *, z_loss: float, chunk: int) -> tuple[Array, Array]:
+def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chunk: int) -> tuple[Array, Array]:
     """Sums over the tokens that count (`loss_mask`): `(objective, negative log-likelihood)`, float32, in nats.
 
     `nll = logsumexp(logits) - logits[target]`; `objective = nll + z_loss * logsumexp(logits)^2`. Dividing both by the

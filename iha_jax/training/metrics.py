@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from typing import Any, Self
 
 import jax
@@ -116,7 +117,7 @@ class _Wandb:
 
         # One wandb run for one run directory, however often it is resumed.
         id_file = directory / "wandb_id.txt"
-        run_id = id_file.read_text() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(8)
         id_file.write_text(run_id)
         self._run = wandb.init(
             project=project, dir=os.fspath(directory), name=directory.name, id=run_id, resume="allow"

@@ -6,8 +6,7 @@ import jax
 import optax
 
 from iha_jax.config import OptimizerConfig
-
-MIXING = ("alpha_query", "alpha_key", "alpha_value", "collapse")
+from iha_jax.model.init import MIXING
 
 
 def is_mixing(path: str) -> bool:

@@ -66,7 +66,7 @@ def check_run(workdir: str, config: Config) -> None:
                 f"use another directory"
             )
         return
-    before, now = _flat(as_dict(load_run_config(workdir))), _flat(as_dict(config))
+    before, now = flat(as_dict(load_run_config(workdir))), flat(as_dict(config))
     changed = [
         f"  - {key}: {before[key]!r} in the run, {now[key]!r} now"
         for key in sorted(now)
@@ -128,11 +128,12 @@ def _write(path: epath.Path, values: dict[str, Any]) -> None:
     scratch.replace(path)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"width": 64}} as {"model.width": 64}."""
+    found = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _provenance() -> dict[str, Any]:

@@ -74,9 +74,16 @@ def make_eval_step(config: Config) -> Callable[[State, Batch], jax.Array]:
     return step
 
 
-def _summed(config: Config, parameters: State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    if not config.data.document_attention:
-        # Padding (segment 0) still must not be seen: one segment for everything else.
-        batch = batch | {"segment_ids": jnp.minimum(batch["segment_ids"], 1)}
+def attended_segments(config: Config, segment_ids: jax.Array) -> jax.Array | None:
+    """What attention is told of a batch's segments: None where it may cross documents.
+
+    Padding stands at the end of a row and counts in no loss, so causal attention needs no segments to ignore it; and
+    without them more implementations can run the call.
+    """
+    return segment_ids if config.data.document_attention else None
+
+
+def _summed(config: Config, parameters: State, batch: Any) -> tuple[jax.Array, jax.Array]:
+    batch = batch | {"segment_ids": attended_segments(config, batch["segment_ids"])}
     model = bind(config.model, parameters)
     return summed_loss(model, batch, z_loss=config.training.z_loss, chunk=config.training.loss_chunk)

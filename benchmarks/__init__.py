@@ -1,0 +1,1 @@
+"""Speed and memory of the attention mechanisms and of whole training steps, beside public implementations."""

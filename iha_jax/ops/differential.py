@@ -1,0 +1,57 @@
+"""Differential attention (Diff Transformer V1, Ye et al. 2024, arXiv 2410.05258): one softmax less another.
+
+    out[h] = (softmax(q1[h] k1[h]^T / sqrt(d)) - lambda softmax(q2[h] k2[h]^T / sqrt(d))) v[h]
+
+Shapes: B batch, N tokens, H query heads, so H/2 differential heads; K key heads, K/2 value heads; d head width, e value
+width (2 d in the paper).
+"""
+
+import jax.numpy as jnp
+
+from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops import reference_baselines as reference
+from iha_jax.ops.arguments import check_attention
+from iha_jax.ops.implementations import Features
+from iha_jax.ops.rope import working_dtype
+from iha_jax.ops.softmax_attention import dot_product_attention, resolve_attention_implementation
+
+
+def differential_attention(
+    q: Float[Array, "B N H d"],
+    k: Float[Array, "B N K d"],
+    v: Float[Array, "B N K/2 e"],
+    lambda_: Float[Array, ""],
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Int[Array, "B N"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B N H/2 e"]:
+    """Differential attention (formula at the top of this file), neither normed nor scaled afterwards.
+
+    The first H/2 heads of `q` are the first group (q1), the others the second, and so in `k`: head h of each group
+    reads key head `h // (H / K)` of its group and value head `h // (H / K)`. `lambda_` is a scalar. One call of
+    `dot_product_attention`, whose masks and implementations these are; the difference is taken in float32 (float64 for
+    float64 inputs), the result has the dtype of `q`. Each half is first rounded to q's dtype.
+
+    Raises:
+      ValueError: at trace time, naming the argument, what was got and what was expected.
+    """
+    if q.ndim == k.ndim == v.ndim == 4:
+        H, K = q.shape[2], k.shape[2]
+        if H % 2 or K % 2:
+            raise ValueError(f"q has {H} heads and k {K}; expected even numbers: two groups of each")
+        if 2 * v.shape[2] != K:
+            raise ValueError(f"v has {v.shape[2]} heads; expected {K // 2}, half as many as k {k.shape}")
+    if jnp.shape(lambda_):
+        raise ValueError(f"lambda_ has shape {jnp.shape(lambda_)}; expected a scalar")
+    twice = jnp.concatenate([v, v], axis=2) if v.ndim == 4 else v
+    check_attention(q, k, twice, window, segment_ids)
+    features = Features.of(q, twice, causal=causal, window=window, segment_ids=segment_ids)
+    if resolve_attention_implementation(implementation, features) == "reference":
+        return reference.differential_attention(q, k, v, lambda_, causal=causal, window=window, segment_ids=segment_ids)
+    both = dot_product_attention(
+        q, k, twice, causal=causal, window=window, segment_ids=segment_ids, implementation=implementation
+    )
+    first, second = jnp.split(both.astype(working_dtype(both)), 2, axis=2)
+    return (first - lambda_ * second).astype(q.dtype)
