@@ -36,7 +36,7 @@ class Geometry:
     causality: str
     rope_theta: float | None
     rope_positions: str
-    packed: bool  # whether there are segments
+    packed: bool = False  # whether there are segments
 
     @property
     def halo(self) -> tuple[int, int]:
