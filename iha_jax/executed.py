@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from iha_jax.accounting import Flops, check_kind, flops_per_token
 from iha_jax.config import IHA_KINDS, ModelConfig
 from iha_jax.ops import Features, resolve_attention_implementation, resolve_interleaved_implementation
-from iha_jax.ops.softmax_attention import block_size, window_block_size
+from iha_jax.ops.blockwise import block_size, window_block_size
 from iha_jax.ops.streaming import Geometry, chunk_batches, chunk_tokens
 
 
@@ -39,17 +39,18 @@ def blockwise_work(N: int, window: int | None, *, causal: bool = True, training:
     """Unwindowed: blocks of C queries against the keys up to their end (all, if not causal): `sum_blocks C M`.
     Windowed: `ceil(N / C)` blocks against `M = C + W - 1` keys (`C + 2 W - 2` if not causal), zeros beyond the ends.
 
-    Training: every block is under `jax.checkpoint`, so forward, once more, and two gradients: 4 times.
+    Training: scores forward, once more, and two gradients: 4 times. Sums, windowed: the same, by `jax.checkpoint`;
+    unwindowed, by the hand-written backward: forward and two gradients, 3 times.
     """
     if window is None or window >= N:
+        sums = 3
         C = block_size(N)
         ends = [min(start + C, N) for start in range(0, N, C)]
         pairs = sum((end - start) * (end if causal else N) for start, end in zip(range(0, N, C), ends, strict=True))
     else:
-        C = window_block_size(N, window)
+        C, sums = window_block_size(N, window), 4
         pairs = -(-N // C) * C * (C + (window - 1) * (1 if causal else 2))
-    times = 4 if training else 1
-    return Work(scores=times * pairs, sums=times * pairs)
+    return Work(scores=(4 if training else 1) * pairs, sums=(sums if training else 1) * pairs)
 
 
 def streaming_work(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iha_jax.ops import dot_product_attention, interleaved_head_attention
+from iha_jax.ops import blockwise, dot_product_attention, interleaved_head_attention
 from iha_jax.ops import reference as loops
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
@@ -120,6 +120,28 @@ def test_blockwise_equals_reference(tokens, H, K, causal, window, segments):
     settings = dict(causal=causal, window=window, segment_ids=ids)
     fast = functools.partial(dot_product_attention, **settings, implementation="blockwise")
     compare(fast, functools.partial(loops.dot_product_attention, **settings), arguments, weights)
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_heads_worked_on_in_turn_equal_reference(monkeypatch, segments):
+    """The order a CPU takes for long contexts: one key head of one row after the other."""
+    assert blockwise.heads_at_once(4, 2, N) == 4
+    monkeypatch.setattr(blockwise, "CPU_SCORES", 1)
+    assert blockwise.heads_at_once(4, 2, N) == 1
+    *arguments, weights = normal(3, (B, N, 4, D), (B, N, 2, D), (B, N, 2, E), (B, N, 4, E))
+    settings = dict(causal=True, window=None, segment_ids=jnp.asarray(SEGMENTS) if segments else None)
+    fast = functools.partial(dot_product_attention, **settings)
+    compare(fast, functools.partial(loops.dot_product_attention, **settings), arguments, weights)
+
+
+@pytest.mark.parametrize("heads", [1, 7, 12])
+def test_heads_at_once_divides_the_heads_and_bounds_the_scores(heads):
+    for N in (64, 512, 2048, 8192):
+        few, scores = blockwise.heads_at_once(heads, 3, N), 3 * blockwise.block_size(N) * N
+        assert heads % few == 0
+        assert few == 1 or few * scores <= blockwise.CPU_SCORES
+        larger = [b for b in range(few + 1, heads + 1) if heads % b == 0]
+        assert not larger or larger[0] * scores > blockwise.CPU_SCORES
 
 
 @pytest.mark.parametrize("window", [N, N + 5])

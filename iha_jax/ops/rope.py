@@ -36,10 +36,14 @@ def rotation_of_range(
 
 
 def rotate(x: Float[Array, "... d"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "... d"]:
-    """Rotates the pairs (j, j + d/2) of the last axis; `cos` and `sin` broadcast against `x[..., : d // 2]`."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos.astype(working_dtype(x)), sin.astype(working_dtype(x))
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Rotates the pairs (j, j + d/2) of the last axis; `cos` and `sin` broadcast against `x[..., : d // 2]`.
+
+    Written as `x cos + (x with its halves swapped) (-sin, sin)`: joining computed halves runs element by element on a
+    CPU, and so does its derivative."""
+    cos, sin = cos.astype(working_dtype(x))[..., None, :], sin.astype(working_dtype(x))[..., None, :]
+    halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    turned = halves * cos + jnp.flip(halves, axis=-2) * (sin * jnp.asarray([[-1], [1]], sin.dtype))
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def working_dtype(x: Array) -> jnp.dtype:

@@ -18,6 +18,7 @@ import numpy as np
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference_baselines as reference
 from iha_jax.ops.arguments import check_attention, check_window
+from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.implementations import Features
 from iha_jax.ops.query_blocks import (
     attend_in_blocks,
@@ -29,7 +30,6 @@ from iha_jax.ops.query_blocks import (
     visible_softmax,
 )
 from iha_jax.ops.rope import working_dtype
-from iha_jax.ops.softmax_attention import same_segment
 
 SMALLEST_BLOCK = 8  # dense
 SMALLEST_WINDOW_BLOCK = 16

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.chunks import chunk_rows, chunk_windows, join_chunks
 from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
-from iha_jax.ops.softmax_attention import masked_softmax_attention, same_segment
 
-VIRTUAL_QUERIES = 32  # a chunk has at least so many; larger chunks compute more scores that the window hides
-SCORES_A_STEP = 2**18  # float32 scores held at once, 1 MiB: chunks are batched up to it, and stay in cache
+VIRTUAL_QUERIES = 64  # a chunk has at least so many; larger chunks compute more scores that the window hides
+SCORES_A_STEP = 2**20  # float32 scores held at once, 4 MiB: chunks are batched up to it, and stay in cache
 VIRTUAL_KEYS_GLOBAL = 256  # virtual queries and keys of a chunk when there is no window
 
 
@@ -36,6 +36,7 @@ class Geometry:
     causality: str
     rope_theta: float | None
     rope_positions: str
+    packed: bool = False  # whether there are segments
 
     @property
     def halo(self) -> tuple[int, int]:
@@ -67,24 +68,45 @@ class Geometry:
 
     def mix(self, x_bSCd: Array, alpha_SHP: Array, rotated: bool = True) -> Array:
         """[b, S, C, d] to pseudo-major virtual tokens [b, H, P*C, d], with the pseudo-head's part of RoPE."""
-        mixed = jnp.einsum("mhp,bmcd->bhpcd", alpha_SHP, x_bSCd)
+        S, H, P = alpha_SHP.shape
+        C, d = x_bSCd.shape[2:]
+        mixed = _multiply_heads(alpha_SHP.reshape(S, H * P).T, x_bSCd).reshape(-1, H, P, C, d)
         if rotated and self.rope_theta is not None and self.rope_positions == "virtual":
-            cos, sin = rotation(np.arange(self.P), x_bSCd.shape[-1], self.rope_theta, working_dtype(x_bSCd))
+            cos, sin = rotation(np.arange(P), d, self.rope_theta, working_dtype(x_bSCd))
             mixed = rotate(mixed, cos[:, None], sin[:, None])
-        return mixed.reshape(*mixed.shape[:2], -1, mixed.shape[-1])
+        return mixed.reshape(-1, H, P * C, d)
 
     def scores(self, q_bHxd: Array, k_bHyd: Array) -> Array:
-        scale = 1 / math.sqrt(q_bHxd.shape[-1])
-        return jnp.einsum("bhxd,bhyd->bhxy", q_bHxd * scale, k_bHyd, preferred_element_type=working_dtype(q_bHxd))
+        """[b, H, y, x]: keys before queries. Then no matrix product of the backward pass, `dk = dS q` and so on, has
+        to transpose the large side, which XLA does several times slower on a CPU."""
+        q_bHdx = jnp.swapaxes(q_bHxd / math.sqrt(q_bHxd.shape[-1]), 2, 3)
+        q_bHdx = jax.lax.optimization_barrier(q_bHdx)  # or the compiler moves the transposition onto the scores
+        return jnp.einsum("bhyd,bhdx->bhyx", k_bHyd, q_bHdx, preferred_element_type=working_dtype(q_bHxd))
 
-    def collapse(self, out_bHxe: Array, R: Array) -> Array:
-        """[b, H, P*C, e] to [b, H, C, e] with R [H, H, P] or [H, P]."""
-        out = out_bHxe.reshape(*out_bHxe.shape[:2], self.P, -1, out_bHxe.shape[-1]).astype(R.dtype)
-        return jnp.einsum("ghp,bhpce->bgce" if R.ndim == 3 else "hp,bhpce->bhce", R, out)
+    def average(self, weights_bHyx: Array, v_bHye: Array) -> Array:
+        """Weighted sums of values, [b, H, e, x]."""
+        weights = weights_bHyx.astype(v_bHye.dtype)
+        return jnp.einsum("bhye,bhyx->bhex", v_bHye, weights, preferred_element_type=weights_bHyx.dtype)
 
-    def virtual(self, ids_bC: Array) -> Array:
-        """[b, C] to [b, P*C], pseudo-major."""
-        return jnp.tile(ids_bC, (1, self.P))
+    def collapse(self, out_bHex: Array, R: Array) -> Array:
+        """[b, H, e, P*C] to [b, H, C, e] with R [H, H, P] or [H, P]."""
+        b, H, e, _ = out_bHex.shape
+        out = jnp.swapaxes(out_bHex, 2, 3).astype(R.dtype)
+        if R.ndim == 2:
+            return jnp.einsum("hp,bhpce->bhce", R, out.reshape(b, H, self.P, -1, e))
+        return _multiply_heads(R.reshape(H, -1), out.reshape(b, H * self.P, -1, e))
+
+    def together(self, key_ids_bM: Array, query_ids_bC: Array) -> Array:
+        """[b, 1, y, x]: pairs of one segment; [b, 1, y, 1]: keys that exist, where no segments are given."""
+        keys, queries = (jnp.tile(ids, (1, self.P)) for ids in (key_ids_bM, query_ids_bC))
+        return same_segment(keys, queries)[:, None] if self.packed else (keys != 0)[:, None, :, None]
+
+
+def _multiply_heads(weights_zS: Array, x_bSCd: Array) -> Array:
+    """[b, z, C, d]: new heads as weighted sums of heads. As a product batched over b it needs no transposed copies."""
+    b, S, C, d = x_bSCd.shape
+    weights = jnp.broadcast_to(weights_zS, (b, *weights_zS.shape))
+    return jnp.matmul(weights, x_bSCd.reshape(b, S, C * d)).reshape(b, -1, C, d)
 
 
 def chunk_tokens(N: int, P: int, window: int | None) -> int:
@@ -117,7 +139,7 @@ def streaming_interleaved_attention(
 ) -> Float[Array, "B N H e"]:
     """`interleaved_head_attention`, chunk by chunk; `chunk` overrides `chunk_tokens`'s choice of query tokens."""
     N, P = q.shape[1], mixing[0].shape[-1]
-    space = Geometry(N, P, window, causal, causality, rope_theta, rope_positions)
+    space = Geometry(N, P, window, causal, causality, rope_theta, rope_positions, segment_ids is not None)
     size = chunk or chunk_tokens(N, P, window)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     q, k = space.rotate_tokens(q), space.rotate_tokens(k)
@@ -131,14 +153,18 @@ def _windowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Arr
     alpha_q, alpha_k, alpha_v, R = mixing
     before, after = space.halo
     reach = before + size + after
-    near = space.near(jnp.arange(size), jnp.arange(reach) - before)
+    near = space.near(jnp.arange(size), jnp.arange(reach) - before).T
 
     @jax.checkpoint
     def step(q_bHCd: Array, k_bKMd: Array, v_bKMe: Array, ids_bC: Array, ids_bM: Array) -> Array:
         scores = space.scores(space.mix(q_bHCd, alpha_q), space.mix(k_bKMd, alpha_k))
-        visible = near & same_segment(space.virtual(ids_bC), space.virtual(ids_bM))[:, None]
-        values = space.mix(v_bKMe, alpha_v, rotated=False)
-        return space.collapse(masked_softmax_attention(scores, visible, values, "bhxy,bhye->bhxe"), R)
+        visible = near & space.together(ids_bM, ids_bC)
+        scores = jnp.where(visible, scores, -1e30)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=2, keepdims=True)))
+        weights = jnp.where(visible, weights, 0)
+        total = jnp.sum(weights, axis=2, keepdims=True)
+        out = space.average(weights, space.mix(v_bKMe, alpha_v, rotated=False))
+        return space.collapse(out / jnp.where(total > 0, total, 1), R)
 
     chunks = (
         chunk_rows(q, size),
@@ -172,8 +198,8 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
     def pair(q_bHxd: Array, query: tuple[Array, Array], key: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         k_BKMd, ids_BM, start = key
         scores = space.scores(q_bHxd, space.mix(k_BKMd, alpha_k))
-        near = space.near(query[1] + jnp.arange(size), start + jnp.arange(size))
-        visible = near & same_segment(space.virtual(query[0]), space.virtual(ids_BM))[:, None]
+        near = space.near(query[1] + jnp.arange(size), start + jnp.arange(size)).T
+        visible = near & space.together(ids_BM, query[0])
         return scores, visible
 
     def reachable(query_start: Array, key_start: Array) -> Array:
@@ -187,23 +213,23 @@ def _unwindowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: A
         def add_to_lse(lse: Array, key: tuple[Array, Array, Array]) -> tuple[Array, None]:
             def visit(lse: Array) -> Array:
                 scores, visible = pair(mixed, query, key)
-                return jnp.logaddexp(lse, jax.nn.logsumexp(jnp.where(visible, scores, -1e30), axis=-1))
+                return jnp.logaddexp(lse, jax.nn.logsumexp(jnp.where(visible, scores, -1e30), axis=2))
 
             return jax.lax.cond(reachable(query_start, key[2]), visit, lambda lse: lse, lse), None
 
         lse = jnp.full(mixed.shape[:-1], -1e30, working_dtype(mixed))
         lse = jax.lax.stop_gradient(jax.lax.scan(add_to_lse, lse, jax.lax.stop_gradient((ks, segments, starts)))[0])
 
-        zeros = jnp.zeros((*mixed.shape[:-1], vs.shape[-1]), lse.dtype), jnp.zeros((*mixed.shape[:-1], 1), lse.dtype)
+        zero_out, zero_total = (
+            jnp.zeros((*lse.shape[:2], rows, lse.shape[2]), lse.dtype) for rows in (vs.shape[-1], 1)
+        )
+        zeros = zero_out, zero_total
 
         def weighted(mixed: Array, key: tuple[Array, Array, Array], v_BKMe: Array) -> tuple[Array, Array]:
             scores, visible = pair(mixed, query, key)
-            weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, -1e30) - lse[..., None]), 0)
-            values = space.mix(v_BKMe, alpha_v, rotated=False)
-            out = jnp.einsum(
-                "bhxy,bhye->bhxe", weights.astype(values.dtype), values, preferred_element_type=scores.dtype
-            )
-            return out, jnp.sum(weights, axis=-1, keepdims=True)
+            weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, -1e30) - lse[:, :, None]), 0)
+            out = space.average(weights, space.mix(v_BKMe, alpha_v, rotated=False))
+            return out, jnp.sum(weights, axis=2, keepdims=True)
 
         # The condition stands inside the checkpoint: a condition's residuals would be kept for every key chunk.
         @jax.checkpoint

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference_baselines as reference
 from iha_jax.ops.arguments import check_attention, check_head_mix
+from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.implementations import Features
 from iha_jax.ops.query_blocks import (
     attend_in_blocks,
@@ -27,7 +28,6 @@ from iha_jax.ops.query_blocks import (
     visible_softmax,
 )
 from iha_jax.ops.rope import working_dtype
-from iha_jax.ops.softmax_attention import same_segment
 
 SMALLEST_BLOCK = 64
 LONG_WINDOW = 512  # tokens: with longer windows, blocks are shorter than the window where scores are many
