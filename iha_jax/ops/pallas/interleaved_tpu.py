@@ -88,17 +88,20 @@ def fused_interleaved_attention(
         collapse = jnp.eye(H, dtype=collapse.dtype)[:, :, None] * collapse[:, None]
     weights = (*(x.transpose(1, 2, 0) for x in (alpha_q, alpha_k, alpha_v)), collapse.transpose(1, 0, 2))
     out = _attend(blocks, (q, k, _pad(v, tokens, blocks.padded(v.shape[-1]), 1), *weights), ids)
-    return out[:, :N, :, : v.shape[-1]]
+    return jnp.swapaxes(out, 1, 2)[:, :N, :, : v.shape[-1]]
 
 
 def _pad(x: Array, tokens: int, width: int, parts: int) -> Array:
-    """Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay half a width apart."""
-    B, N, S, w = x.shape
+    """`[B, N, S, w]` to `[B, S, tokens, width]`, which costs nothing on a TPU, whose compiler lays such arrays out head by
+    head anyway. Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay half a width
+    apart."""
+    x = jnp.swapaxes(x, 1, 2)
+    B, S, N, w = x.shape
     if (tokens, width) == (N, w):
         return x
-    x = x.reshape(B, N, S, parts, w // parts)
-    x = jnp.pad(x, ((0, 0), (0, tokens - N), (0, 0), (0, 0), (0, (width - w) // parts)))
-    return x.reshape(B, tokens, S, width)
+    x = x.reshape(B, S, N, parts, w // parts)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, tokens - N), (0, 0), (0, (width - w) // parts)))
+    return x.reshape(B, S, tokens, width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -100,8 +100,8 @@ def _kernel(inputs: Inputs, out: Gradients, chip: OnChip, sums: Sums, *, blocks:
 
     @pl.when((step >= blocks.ring - 1) & (query_block >= 0) & (query_block < blocks.n))
     def _() -> None:
-        to_lanes(chip.q, inputs.q.at[0], blocks.size)
-        to_lanes(sums.gradient, inputs.gradient.at[0], blocks.size)
+        chip.q[...] = to_lanes(inputs.q[0])
+        sums.gradient[...] = to_lanes(inputs.gradient[0])
         mask(inputs, chip, blocks, query_block)
         sums.q[...] = jnp.zeros(sums.q.shape, sums.q.dtype)
 
@@ -113,14 +113,14 @@ def _kernel(inputs: Inputs, out: Gradients, chip: OnChip, sums: Sums, *, blocks:
 
     @pl.when(own)
     def _() -> None:
-        from_lanes(out.q.at[0], sums.q, blocks.size)
+        out.q[0] = from_lanes(sums.q[...], out.q)
 
     oldest, leaving = slot(step, 0, blocks), arriving - (blocks.ring - 1)
 
     @pl.when((leaving >= first) & (leaving < first + blocks.part))
     def _() -> None:
-        from_lanes(out.k.at[0], sums.k.at[oldest], blocks.size)
-        from_lanes(out.v.at[0], sums.v.at[oldest], blocks.size)
+        out.k[0] = from_lanes(sums.k[oldest], out.k)
+        out.v[0] = from_lanes(sums.v[oldest], out.v)
 
 
 def _head(
@@ -164,7 +164,7 @@ def _lead(blocks: Blocks) -> int:
 
 
 def backward(inputs: Inputs, blocks: Blocks) -> Gradients:
-    """Gradients from `inputs.gradient [B, n*C, H, e]`, the output's."""
+    """Gradients from `inputs.gradient [B, H, n*C, e]`, the output's."""
     B, H, d, e = inputs.q.shape[0], blocks.heads, inputs.q.shape[-1], inputs.v.shape[-1]
     lead, K = _lead(blocks), blocks.key_heads
 

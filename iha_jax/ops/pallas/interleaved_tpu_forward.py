@@ -34,7 +34,7 @@ def _kernel(inputs: Inputs, out_ref: Ref, chip: OnChip, sum_ref: Ref, *, blocks:
 
     @pl.when(step >= blocks.ring - 1)  # all that the query block can see has arrived
     def _() -> None:
-        to_lanes(chip.q, inputs.q.at[0], blocks.size)
+        chip.q[...] = to_lanes(inputs.q[0])
         mask(inputs, chip, blocks, arriving - blocks.after)
         sum_ref[...] = jnp.zeros(sum_ref.shape, sum_ref.dtype)
 
@@ -45,18 +45,18 @@ def _kernel(inputs: Inputs, out_ref: Ref, chip: OnChip, sum_ref: Ref, *, blocks:
             return 0
 
         jax.lax.fori_loop(0, blocks.heads, one, 0)
-        from_lanes(out_ref.at[0], sum_ref, blocks.size)
+        out_ref[0] = from_lanes(sum_ref[...], out_ref)
 
 
 def forward(inputs: Inputs, blocks: Blocks) -> Array:
-    """`[B, n*C, H, e]` from q, k, v of padded length and width; weights as in `Inputs`."""
+    """`[B, H, n*C, e]` from q, k, v of padded length and width; weights as in `Inputs`."""
     B, e, steps = inputs.q.shape[0], inputs.v.shape[-1], blocks.part + blocks.before + blocks.after
     return pl.pallas_call(
         functools.partial(_kernel, blocks=blocks),
         grid=(B, blocks.parts, steps),
         in_specs=[input_specs(inputs, blocks, blocks.before)],
         out_specs=own_block(blocks, blocks.heads, e, blocks.ring - 1),
-        out_shape=jax.ShapeDtypeStruct((B, blocks.n * blocks.size, blocks.heads, e), inputs.q.dtype),
+        out_shape=jax.ShapeDtypeStruct((B, blocks.heads, blocks.n * blocks.size, e), inputs.q.dtype),
         scratch_shapes=[on_chip(blocks), pltpu.VMEM((blocks.heads, blocks.size * e), jnp.float32)],
         compiler_params=compiler_params(blocks),
         interpret=blocks.interpret,
@@ -69,9 +69,9 @@ def input_specs(inputs: Inputs, blocks: Blocks, lead: int) -> Inputs:
 
     def tokens(x: Array, late: int) -> pl.BlockSpec:
         def index(b: Array, part: Array, step: Array) -> tuple:
-            return b, jnp.clip(part * blocks.part - lead + step - late, 0, blocks.n - 1), 0, 0
+            return b, 0, jnp.clip(part * blocks.part - lead + step - late, 0, blocks.n - 1), 0
 
-        return pl.BlockSpec((1, blocks.size, *x.shape[2:]), index)
+        return pl.BlockSpec((1, x.shape[1], blocks.size, x.shape[3]), index)
 
     def whole(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim, pipeline_mode=pl.Buffered(1))
@@ -93,9 +93,9 @@ def own_block(blocks: Blocks, heads: int, width: int, first: int) -> pl.BlockSpe
     """A part's own blocks, one a step, from step `first` on; before and after that the nearest of them."""
 
     def index(b: Array, part: Array, step: Array) -> tuple:
-        return b, part * blocks.part + jnp.clip(step - first, 0, blocks.part - 1), 0, 0
+        return b, 0, part * blocks.part + jnp.clip(step - first, 0, blocks.part - 1), 0
 
-    return pl.BlockSpec((1, blocks.size, heads, width), index)
+    return pl.BlockSpec((1, heads, blocks.size, width), index)
 
 
 def compiler_params(blocks: Blocks) -> pltpu.CompilerParams:

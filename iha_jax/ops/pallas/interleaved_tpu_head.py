@@ -26,7 +26,7 @@ LEAST = -1e29  # floor of a query's maximum: exp(HIDDEN - LEAST) is 0, so one th
 
 
 class Inputs(NamedTuple):
-    """What comes from device memory in one step: query and arriving key blocks `[1, C, heads, width]`, all weights,
+    """What comes from device memory in one step: query and arriving key blocks `[1, heads, C, width]`, all weights,
     head leading (`alpha_q, alpha_k, alpha_v [H, P, S]`, `collapse [H, H, P]` as head, output head, pseudo), the segment
     ids of the row `[1, n, C]` and the RoPE tables `[R, P*C, d]`; the last three are None where there are none."""
 
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     ids: Any = None
     cos: Any = None
     sin: Any = None
-    gradient: Any = None  # of the output: [1, C, H, e]
+    gradient: Any = None  # of the output: [1, H, C, e]
 
 
 class OnChip(NamedTuple):
@@ -70,26 +70,14 @@ def dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def to_lanes(target: Ref, block: Ref, C: int) -> None:
-    """`[C, S, w]` to `[S, C*w]`."""
-    width = block.shape[-1]
-
-    def one(c: Array, _: int) -> int:
-        target[:, pl.ds(pl.multiple_of(c * width, width), width)] = block[c]
-        return 0
-
-    jax.lax.fori_loop(0, C, one, 0)
+def to_lanes(block_SCw: Array) -> Array:
+    """`[S, C, w]` to `[S, C*w]`."""
+    return block_SCw.reshape(block_SCw.shape[0], -1)
 
 
-def from_lanes(target: Ref, source: Ref, C: int) -> None:
-    """`[S, C*w]` to `[C, S, w]`, in the target's dtype."""
-    width = target.shape[-1]
-
-    def one(c: Array, _: int) -> int:
-        target[c] = source[:, pl.ds(pl.multiple_of(c * width, width), width)].astype(target.dtype)
-        return 0
-
-    jax.lax.fori_loop(0, C, one, 0)
+def from_lanes(x_SCw: Array, like: Ref) -> Array:
+    """`[S, C*w]` to `[S, C, w]`, the shape and dtype of a block on its way out."""
+    return x_SCw.reshape(like.shape[1:]).astype(like.dtype)
 
 
 def mix(alpha_PS: Array, block_SCw: Array, rows: int) -> Array:
@@ -117,8 +105,8 @@ def receive(inputs: Inputs, chip: OnChip, blocks: Blocks, step: Array, arriving:
 
     @pl.when(present)
     def _() -> None:
-        to_lanes(chip.k.at[place], inputs.k.at[0], blocks.size)
-        to_lanes(chip.v.at[place], inputs.v.at[0], blocks.size)
+        chip.k[place] = to_lanes(inputs.k[0])
+        chip.v[place] = to_lanes(inputs.v[0])
 
     @pl.when(jnp.logical_not(present))
     def _() -> None:
