@@ -14,10 +14,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops.pallas.interleaved_tpu_backward import backward
-from iha_jax.ops.pallas.interleaved_tpu_blocks import Blocks, choose_block, split, vmem_of
+from iha_jax.ops.pallas.interleaved_tpu_blocks import (
+    SMALLEST_BLOCK,
+    Blocks,
+    choose_block,
+    split,
+    vmem_of,
+)
 from iha_jax.ops.pallas.interleaved_tpu_forward import forward
 from iha_jax.ops.pallas.interleaved_tpu_head import Inputs
 
@@ -34,7 +41,7 @@ def fused_interleaved_attention(
     rope_theta: float | None,
     rope_positions: str,
     segment_ids: Int[Array, "B N"] | None,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
     chip: str | None = None,
     block: int | None = None,
 ) -> Float[Array, "B N H e"]:
@@ -56,27 +63,19 @@ def fused_interleaved_attention(
       ValueError: for a dtype other than float32 and bfloat16, where no TPU is at hand or named, and where the window does
         not fit on chip.
     """
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"q has dtype {q.dtype}; the fused TPU kernel expects float32 or bfloat16")
-    N, H, K, P = q.shape[1], q.shape[2], k.shape[2], mixing[0].shape[-1]
-    blocks = Blocks(
-        tokens=N,
-        size=block or N,
-        heads=H,
-        key_heads=K,
-        P=P,
-        width=q.shape[-1],
-        value_width=v.shape[-1],
-        window=N if window is None else min(window, N),
+    blocks = plan(
+        (q, k, v),
+        mixing[0].shape[-1],
         causal=causal,
         causality=causality,
+        window=window,
         rope_theta=rope_theta,
         rope_positions=rope_positions,
-        dtype=str(q.dtype),
-        vmem_bytes=None if interpret else vmem_of(chip),
-        interpret=bool(interpret),
+        interpret=interpret,
+        chip=chip,
+        block=block,
     )
-    blocks = split(blocks if block else choose_block(blocks), q.shape[0])
+    N, H = q.shape[1:3]
     tokens = blocks.n * blocks.size
     halves = 1 if rope_theta is None else 2
     q, k = (_pad(x, tokens, blocks.padded(x.shape[-1]), halves) for x in (q, k))
@@ -91,9 +90,49 @@ def fused_interleaved_attention(
     return jnp.swapaxes(out, 1, 2)[:, :N, :, : v.shape[-1]]
 
 
+def plan(
+    qkv: tuple[Array, Array, Array] | tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    P: int,
+    *,
+    causal: bool,
+    causality: str,
+    window: int | None,
+    rope_theta: float | None,
+    rope_positions: str,
+    interpret: bool | pltpu.InterpretParams = False,
+    chip: str | None = None,
+    block: int | None = None,
+) -> Blocks:
+    """The geometry `fused_interleaved_attention` would use; arguments and errors are its own."""
+    q, k, v = qkv
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q has dtype {q.dtype}; the fused TPU kernel expects float32 or bfloat16")
+    if block is not None and (block < 1 or (block % SMALLEST_BLOCK and not interpret)):
+        raise ValueError(f"block = {block}; expected a positive multiple of {SMALLEST_BLOCK}")
+    N = q.shape[1]
+    blocks = Blocks(
+        tokens=N,
+        size=block or SMALLEST_BLOCK,
+        heads=q.shape[2],
+        key_heads=k.shape[2],
+        P=P,
+        width=q.shape[3],
+        value_width=v.shape[3],
+        window=N if window is None else min(window, N),
+        causal=causal,
+        causality=causality,
+        rope_theta=rope_theta,
+        rope_positions=rope_positions,
+        dtype=str(q.dtype),
+        vmem_bytes=None if interpret else vmem_of(chip),
+        interpret=interpret,
+    )
+    return split(blocks if block else choose_block(blocks), q.shape[0])
+
+
 def _pad(x: Array, tokens: int, width: int, parts: int) -> Array:
-    """`[B, N, S, w]` to `[B, S, tokens, width]`, which costs nothing on a TPU, whose compiler lays such arrays out head by
-    head anyway. Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay half a width
+    """`[B, N, S, w]` to `[B, S, tokens, width]`, the layout of the kernel; XLA gives projections that layout from the start, so
+    nothing is copied. Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay half a width
     apart."""
     x = jnp.swapaxes(x, 1, 2)
     B, S, N, w = x.shape

@@ -44,7 +44,7 @@ class Blocks:
     dtype: str
     parts: int = 1
     vmem_bytes: int | None = None
-    interpret: bool = False
+    interpret: bool | pltpu.InterpretParams = False
 
     @property
     def n(self) -> int:

@@ -66,6 +66,8 @@ def on_chip(blocks: Blocks) -> OnChip:
 def dot(a: Array, b: Array, over_a: int, over_b: int) -> Array:
     """Matrix product over one axis of each, accumulated in float32; float32 inputs are not rounded to bfloat16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    if 1 in a.shape + b.shape:  # one head or pseudo-head: no bfloat16 product of a vector compiles into float32
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     axes = (((over_a,), (over_b,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
