@@ -90,7 +90,9 @@ def vmem_used(program: str) -> int:
     sizes = [
         int(size)
         for line in kernels
-        for size in re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+        for size in re.findall(
+            r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line
+        )
     ]
     if not sizes:
         raise ValueError("the compiled program states no on-chip memory of a Pallas kernel; expected one kernel")
@@ -108,7 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default=",".join(TOPOLOGIES))
     RESULTS.parent.mkdir(exist_ok=True)
-    print(f"jax {jax.__version__}, {datetime.date.today()}: B = 1, N = 8192, H = 20, d = 128, bfloat16; compiled, not run")
+    print(
+        f"jax {jax.__version__}, {datetime.date.today()}: B = 1, N = 8192, H = 20, d = 128, bfloat16; compiled, not run"
+    )
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -21,6 +21,7 @@ from iha_jax.array_types import Array
 
 ROWS_AT_MOST = 512  # virtual queries of a block: float32 scores against one block of keys are then at most 1 MiB
 SMALLEST_BLOCK = 8  # tokens; a float32 register holds 8 rows
+RESERVE = 1 / 64  # of VMEM, kept free: the estimate is within 1.3 % below and 12 % above what the compiler took
 LANES = 128  # width of a register: head widths are padded to a multiple
 CHIPS = ("v4", "v5e", "v5p", "v6e", "7x")
 
@@ -108,21 +109,20 @@ def vmem_needed(blocks: Blocks) -> int:
     and mask of a query block in float32, mixed keys and values of one head, RoPE tables, and the values in flight."""
     size = jnp.dtype(blocks.dtype).itemsize
     d, e = blocks.padded(blocks.width), blocks.padded(blocks.value_width)
+    C, R, rows, wide = blocks.size, blocks.ring, blocks.rows, d + e
 
-    def tall(count: int, itemsize: int) -> int:
-        return -(-count // (32 // itemsize)) * (32 // itemsize) * itemsize
+    def tall(count: int) -> int:
+        return -(-count // 8) * 8
 
-    wide = d + e
-    heads, keys = tall(blocks.heads, size), tall(blocks.key_heads, size)
-    rings = blocks.ring * blocks.size * wide * (keys + tall(blocks.key_heads, 4))
-    moving = 2 * blocks.size * (heads * (2 * d + e) + 2 * keys * wide)
-    queries = blocks.size * (heads * wide + tall(blocks.heads, 4) * d)
-    scores = 2 * blocks.ring * blocks.rows**2 * 4
-    mixed = blocks.ring * blocks.rows * wide * size
-    tables = 0 if blocks.rope_theta is None else 2 * blocks.ring * blocks.rows * d * 4
-    weights = 3 * 4 * blocks.heads * 4 * tall(blocks.P, 4) // 4 * LANES * 2
-    in_flight = 4 * blocks.rows**2 * 4 + 6 * blocks.rows * wide * 4
-    return rings + moving + queries + scores + mixed + tables + weights + in_flight
+    heads, keys, P = tall(blocks.heads), tall(blocks.key_heads), tall(blocks.P)
+    rings = R * C * wide * keys * (size + 4)
+    moving = 2 * max(C, 32 // size) * (blocks.heads * (2 * d + e) + 2 * blocks.key_heads * wide) * size
+    queries = C * heads * (wide * size + d * 4)
+    attention = R * rows * (2 * rows * 4 + wide * size)
+    tables = 0 if blocks.rope_theta is None else 2 * R * rows * d * 4
+    weights = blocks.heads * LANES * (3 * P + heads) * (size + 2 * 4)
+    in_flight = 3 * rows**2 * 4 + 3 * rows * wide * 4
+    return rings + moving + queries + attention + tables + weights + in_flight
 
 
 def choose_block(blocks: Blocks) -> Blocks:
@@ -139,7 +139,7 @@ def choose_block(blocks: Blocks) -> Blocks:
     while True:
         chosen = dataclasses.replace(blocks, size=size)
         needed = vmem_needed(chosen)
-        if blocks.vmem_bytes is None or needed <= blocks.vmem_bytes:
+        if blocks.vmem_bytes is None or needed <= blocks.vmem_bytes * (1 - RESERVE):
             return chosen
         if size == SMALLEST_BLOCK:
             raise ValueError(
