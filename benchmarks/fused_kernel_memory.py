@@ -2,10 +2,11 @@
 
     pip install -e '.[tpu]' && python benchmarks/fused_kernel_memory.py [--chips=v4,v5e,v5p,v6e]
 
-The paper's shape (B = 1, N = 8192, H = 20, d = 128, bfloat16) at P = 20, 8, 4 and 2, with the window of its FLOP-matched
-schedule, N / (2 P^2). Columns: tokens of a block; parts of the sequence; bytes on chip (VMEM), as `vmem_needed` estimates
-them for the backward kernel and as the compiler reports them for the kernel it made; temporaries in device memory beside
-arguments and outputs; seconds to compile. Writes the same to `benchmarks/results/fused_kernel_memory.csv`.
+The paper's shape (B = 1, N = 8192, H = 20, d = 128, bfloat16) at P = 20, 8, 4 and 2, with the window of its
+FLOP-matched schedule, N / (2 P^2). Columns: tokens of a block; parts of the sequence; memory on chip (VMEM), as
+`vmem_needed` estimates it for the backward kernel and as the compiler reports it for the kernel it made; temporaries in
+device memory beside arguments and outputs; seconds to compile. Nothing is run.
+Writes the same to `benchmarks/results/fused_kernel_memory.csv`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import pathlib
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about
@@ -43,12 +45,14 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "fused_kernel_memory.csv"
 
 
 def measure(
-    chip: str, P: int, window: int, *, N: int = 8192, H: int = 20, d: int = 128, backward: bool, **switches: object
+    chip: str, P: int, window: int, *, N: int = 8192, H: int = 20, d: int = 128, backward: bool, **switches: Any
 ) -> dict:
     """One row of the table; compiles for one device of `chip`."""
     topology = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chip])
     sharding = SingleDeviceSharding(topology.devices[0])
-    settings = dict(causal=True, causality="virtual", rope_theta=5e5, rope_positions="virtual") | switches
+    settings: dict[str, Any] = (
+        dict(causal=True, causality="virtual", rope_theta=5e5, rope_positions="virtual") | switches
+    )
     settings |= dict(window=window, chip=chip)
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -71,12 +75,14 @@ def measure(
     run, arguments = (gradients, [q, *arguments]) if backward else (forward, arguments)
     compiled = jax.jit(run).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert program is not None
     return row | {
         "block": blocks.size,
         "parts": blocks.parts,
         "vmem_estimated_mib": vmem_needed(blocks) / 2**20,
-        "vmem_mib": vmem_used(compiled.as_text()) / 2**20,
+        "vmem_mib": vmem_used(program) / 2**20,
         "vmem_of_chip_mib": (blocks.vmem_bytes or 0) / 2**20,
         "temporaries_mib": memory.temp_size_in_bytes / 2**20,
         "output_mib": memory.output_size_in_bytes / 2**20,

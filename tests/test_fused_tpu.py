@@ -1,4 +1,4 @@
-"""The fused TPU kernel against the reference: in Pallas's interpret mode, and compiled ahead of time where libtpu is."""
+"""The fused TPU kernel against the reference: in Pallas's interpret mode; and compiled, where libtpu is."""
 
 import functools
 import itertools
@@ -173,7 +173,7 @@ def test_what_cannot_run_is_refused_by_name():
         planned(shapes_of(), 20, **paper(10), chip="v5")
     with pytest.raises(ValueError, match=r"'cpu' device; name the chip .*interpret=True"):
         planned(shapes_of(), 20, **paper(10))
-    with pytest.raises(ValueError, match="q has dtype float16; .* float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"q has dtype float16; .* float32 or bfloat16"):
         planned(shapes_of(dtype=jnp.float16), 20, **paper(10), chip="v5p")
     with pytest.raises(ValueError, match="block = 12; expected a positive multiple of 8"):
         planned(shapes_of(), 20, **paper(10), chip="v5p", block=12)
@@ -187,8 +187,8 @@ def compile_row(chip, P, window, **switches):
 
 
 def weights_mib(P, H=20):
-    """The mixing weights relaid, and their gradients of two parts in float32, as a TPU stores them."""
-    return 4 * H * (-(-max(H, P) // 8) * 8) * 128 * (2 + 2 * 4) / 2**20
+    """The mixing weights relaid, and their gradients of two parts in float32, as a TPU stores them; a tenth more."""
+    return 1.1 * 4 * H * (-(-max(H, P) // 8) * 8) * 128 * (2 + 2 * 4) / 2**20
 
 
 @pytest.mark.parametrize("backward", [False, True])

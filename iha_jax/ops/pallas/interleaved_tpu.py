@@ -11,6 +11,7 @@ Shapes: B batch, N tokens, H heads, K key/value heads, P pseudo-heads, d head wi
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,8 @@ def fused_interleaved_attention(
     (`window=None`) is accepted for sequences that fit as a whole. At H = 20, d = 128 in bfloat16 the largest windows of
     the FLOP-matched schedule at N = 8192 (1024 tokens at P = 2) fit on v5e, v5p and v6e, and are refused on v4.
 
-    Head widths that are no multiple of 128 are padded with zeros, and so is a sequence that is no multiple of the block.
+    Head widths that are no multiple of 128 are padded with zeros, and so is a sequence that is no multiple of the
+    block; that copies q, k and v.
 
     Args:
       interpret: run as ordinary XLA operations on any device; slow, for tests.
@@ -60,8 +62,8 @@ def fused_interleaved_attention(
       block: tokens of a block, to override `choose_block`'s.
 
     Raises:
-      ValueError: for a dtype other than float32 and bfloat16, where no TPU is at hand or named, and where the window does
-        not fit on chip.
+      ValueError: for a dtype other than float32 and bfloat16, where no TPU is at hand or named, and where the window
+        does not fit on chip.
     """
     blocks = plan(
         (q, k, v),
@@ -86,7 +88,7 @@ def fused_interleaved_attention(
     if collapse.ndim == 2:  # per head: the global one with zeros between heads
         collapse = jnp.eye(H, dtype=collapse.dtype)[:, :, None] * collapse[:, None]
     weights = (*(x.transpose(1, 2, 0) for x in (alpha_q, alpha_k, alpha_v)), collapse.transpose(1, 0, 2))
-    out = _attend(blocks, (q, k, _pad(v, tokens, blocks.padded(v.shape[-1]), 1), *weights), ids)
+    out: Any = _attend(blocks, (q, k, _pad(v, tokens, blocks.padded(v.shape[-1]), 1), *weights), ids)
     return jnp.swapaxes(out, 1, 2)[:, :N, :, : v.shape[-1]]
 
 
@@ -123,7 +125,7 @@ def plan(
         causality=causality,
         rope_theta=rope_theta,
         rope_positions=rope_positions,
-        dtype=str(q.dtype),
+        dtype=jnp.dtype(q.dtype),
         vmem_bytes=None if interpret else vmem_of(chip),
         interpret=interpret,
     )
@@ -131,9 +133,9 @@ def plan(
 
 
 def _pad(x: Array, tokens: int, width: int, parts: int) -> Array:
-    """`[B, N, S, w]` to `[B, S, tokens, width]`, the layout of the kernel; XLA gives projections that layout from the start, so
-    nothing is copied. Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay half a width
-    apart."""
+    """`[B, N, S, w]` to `[B, S, tokens, width]`, the layout of the kernel, which XLA gives projections from the start:
+    nothing is copied. Zeros after the last token and after each of `parts` parts of the width: RoPE's pairs stay
+    half a width apart."""
     x = jnp.swapaxes(x, 1, 2)
     B, S, N, w = x.shape
     if (tokens, width) == (N, w):

@@ -25,7 +25,6 @@ from iha_jax.array_types import Array
 from iha_jax.ops.pallas.interleaved_tpu_blocks import Blocks
 from iha_jax.ops.pallas.interleaved_tpu_forward import compiler_params, input_specs, own_block
 from iha_jax.ops.pallas.interleaved_tpu_head import (
-    Attended,
     Inputs,
     Kept,
     OnChip,
@@ -33,7 +32,6 @@ from iha_jax.ops.pallas.interleaved_tpu_head import (
     dot,
     from_lanes,
     mask,
-    mix,
     on_chip,
     receive,
     rotate,
@@ -56,8 +54,8 @@ class Gradients(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Float32 sums and copies on chip: gradients of keys and values `[R, K, C*w]` and of queries `[H, C*d]`, the output's
-    gradient `[H, C*e]`, and what one head's attention leaves."""
+    """Float32 sums and copies on chip: gradients of keys and values `[R, K, C*w]` and of queries `[H, C*d]`, the
+    output's gradient `[H, C*e]`, and what one head's attention leaves."""
 
     k: Any
     v: Any

@@ -42,7 +42,7 @@ class Blocks:
     causality: str
     rope_theta: float | None
     rope_positions: str
-    dtype: str
+    dtype: jnp.dtype
     parts: int = 1
     vmem_bytes: int | None = None
     interpret: bool | pltpu.InterpretParams = False
@@ -107,7 +107,7 @@ def vmem_needed(blocks: Blocks) -> int:
     """Estimated bytes of on-chip memory (VMEM) of the backward kernel, the larger of the two: rings of keys and values
     in the input's dtype and of their gradients in float32, two buffers for each block on its way in or out, scores
     and mask of a query block in float32, mixed keys and values of one head, RoPE tables, and the values in flight."""
-    size = jnp.dtype(blocks.dtype).itemsize
+    size = blocks.dtype.itemsize
     d, e = blocks.padded(blocks.width), blocks.padded(blocks.value_width)
     C, R, rows, wide = blocks.size, blocks.ring, blocks.rows, d + e
 
@@ -143,9 +143,9 @@ def choose_block(blocks: Blocks) -> Blocks:
             return chosen
         if size == SMALLEST_BLOCK:
             raise ValueError(
-                f"window = {blocks.window} tokens with {blocks.heads} heads of width {blocks.width}, P = {blocks.P}: the "
-                f"fused kernel needs about {needed / 2**20:.0f} MiB of on-chip memory for the backward pass, this chip has "
-                f"{blocks.vmem_bytes / 2**20:.0f}; use a smaller window, or implementation='streaming'"
+                f"window = {blocks.window} tokens with {blocks.heads} heads of width {blocks.width}, P = {blocks.P}: "
+                f"the fused kernel's backward pass needs about {needed / 2**20:.0f} MiB of on-chip memory, this chip "
+                f"has {blocks.vmem_bytes / 2**20:.0f}; use a smaller window, or implementation='streaming'"
             )
         size //= 2
 
@@ -172,6 +172,6 @@ def vmem_of(chip: str | None) -> int:
     except ValueError as error:
         device = jax.devices()[0].device_kind
         raise ValueError(
-            f"the fused TPU kernel was asked for on a {device!r} device; name the chip it is compiled for (chip='v5p'), "
-            "pass interpret=True to check numbers slowly, or use implementation='streaming'"
+            f"the fused TPU kernel was asked for on a {device!r} device; name the chip it is compiled for "
+            "(chip='v5p'), pass interpret=True to check numbers slowly, or use implementation='streaming'"
         ) from error

@@ -137,10 +137,10 @@ def mask(inputs: Inputs, chip: OnChip, blocks: Blocks, query_block: Array) -> No
         token, pseudo = jax.lax.rem(index, jnp.int32(C)), jax.lax.div(index, jnp.int32(C))
         return token, token * unit + (pseudo if blocks.causality == "virtual" else 0)
 
-    _, query = split((1, blocks.rows), 1)
+    query = split((1, blocks.rows), 1)[1]
     token, key = split((blocks.rows, 1), 0)
     query = query + blocks.before * C * unit
-    _, query_ids = (None, None) if inputs.ids is None else _ids(inputs, blocks, query_block)
+    query_ids = None if inputs.ids is None else _ids(inputs, blocks, query_block)[1]
 
     def one(t: Array, _: int) -> int:
         block = query_block - blocks.before + t
@@ -149,7 +149,7 @@ def mask(inputs: Inputs, chip: OnChip, blocks: Blocks, query_block: Array) -> No
         seen = near & (distance < blocks.window * unit)
         seen = seen & (token + block * C >= 0) & (token + block * C < blocks.tokens)
         if query_ids is not None:
-            key_ids, _ = _ids(inputs, blocks, jnp.clip(block, 0, blocks.n - 1))
+            key_ids = _ids(inputs, blocks, jnp.clip(block, 0, blocks.n - 1))[0]
             seen = seen & (key_ids == query_ids) & (query_ids != 0)
         chip.hidden[t] = jnp.where(seen, 0.0, HIDDEN)
         return 0
