@@ -1,6 +1,6 @@
 """Compiles the fused IHA kernel for TPUs that are not here, and prints what it needs on chip and in device memory.
 
-    pip install -e '.[tpu]' && python benchmarks/fused_kernel_memory.py [--chips=v4,v5e,v5p,v6e]
+    pip install -e '.[tpu]' && python -m benchmarks.fused_kernel_memory [--chips=v4,v5e,v5p,v6e]
 
 The paper's shape (B = 1, N = 8192, H = 20, d = 128, bfloat16) at P = 20, 8, 4 and 2, with the window of its
 FLOP-matched schedule, N / (2 P^2). Columns: tokens of a block; parts of the sequence; memory on chip (VMEM), as
@@ -12,6 +12,7 @@ Writes the same to `benchmarks/results/fused_kernel_memory.csv`.
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -39,7 +40,7 @@ TOPOLOGIES = {
 }
 COLUMNS = (
     "chip", "P", "window", "pass", "block", "parts", "vmem_estimated_mib", "vmem_mib", "vmem_of_chip_mib",
-    "temporaries_mib", "output_mib", "compile_seconds", "refused",
+    "temporaries_mib", "output_mib", "compile_seconds", "refused", "jax", "libtpu", "date",
 )  # fmt: skip
 RESULTS = pathlib.Path(__file__).parent / "results" / "fused_kernel_memory.csv"
 
@@ -116,15 +117,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", default=",".join(TOPOLOGIES))
     RESULTS.parent.mkdir(exist_ok=True)
-    print(
-        f"jax {jax.__version__}, {datetime.date.today()}: B = 1, N = 8192, H = 20, d = 128, bfloat16; compiled, not run"
-    )
+    stamp = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "date": datetime.date.today()}
+    print("B = 1, N = 8192, H = 20, d = 128, bfloat16, compiled and not run;", *(f"{k} {x}" for k, x in stamp.items()))
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in rows(parser.parse_args().chips.split(",")):
             cells = {key: f"{x:.2f}" if isinstance(x, float) else x for key, x in row.items()}
-            writer.writerow(cells)
+            writer.writerow(cells | stamp)
             print("  ".join(f"{key} {x}" for key, x in cells.items()), flush=True)
 
 
