@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from iha_jax.ops import interleaved_head_attention
 from iha_jax.ops.pallas.interleaved_tpu import fused_interleaved_attention, plan
+from iha_jax.ops.pallas.interleaved_tpu_blocks import Blocks
 
 N, D, E = 11, 6, 5  # tokens, head width, value width
 SEGMENTS = np.asarray([[1] * 4 + [2] * 5 + [0] * 2, [0, 7, 7, 7, 7, 3, 3, 3, 3, 3, 3]])
@@ -95,6 +96,12 @@ def test_fused_reads_no_memory_that_was_never_written():
     check(
         1, 2, 1, 2, "global", True, "virtual", 2, "virtual", True, 2, pltpu.InterpretParams(uninitialized_memory="nan")
     )
+
+
+def test_padded_widths_change_nothing(monkeypatch):
+    """On a TPU widths are padded to whole registers, which tiny shapes in interpret mode are spared."""
+    monkeypatch.setattr(Blocks, "padded", lambda _, width: -(-width // 8) * 8)
+    check(1, 2, 1, 2, "global", True, "virtual", 3, "virtual", False, 3)
 
 
 @pytest.mark.slow
