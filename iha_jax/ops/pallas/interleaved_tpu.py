@@ -77,8 +77,7 @@ def fused_interleaved_attention(
         chip=chip,
         block=block,
     )
-    N, H = q.shape[1:3]
-    tokens = blocks.n * blocks.size
+    N, H, tokens = q.shape[1], q.shape[2], blocks.n * blocks.size
     halves = 1 if rope_theta is None else 2
     q, k = (_pad(x, tokens, blocks.padded(x.shape[-1]), halves) for x in (q, k))
     ids = None

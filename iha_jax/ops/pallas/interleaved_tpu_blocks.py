@@ -129,7 +129,7 @@ def vmem_needed(blocks: Blocks) -> int:
 def choose_block(blocks: Blocks) -> Blocks:
     """The rule: the smallest power of two that holds the window (a query block then reads its own keys and one block
     before), halved until a block has at most `ROWS_AT_MOST` virtual queries and the backward kernel fits into VMEM;
-    never under `SMALLEST_BLOCK` tokens. Two parts where the batch alone cannot occupy two cores, see `split`.
+    never under `SMALLEST_BLOCK` tokens.
 
     Raises:
       ValueError: when not even the smallest block fits.
