@@ -323,7 +323,7 @@ def test_differential_layer_follows_its_formula():
     q, k, v = layer.project(inputs())
     q, k = apply_rope(q, theta=config.rope_theta), apply_rope(k, theta=config.rope_theta)
     values = v.reshape(1, N, 1, 12)
-    first, second = (dot_product_attention(q[:, :, g : g + 2], k[:, :, g // 2 : g // 2 + 1], values) for g in (0, 2))
+    first, second = (dot_product_attention(q[:, :, g::2], k[:, :, g::2], values) for g in (0, 1))
     for depth, lambda_init in ((1, 0.2), (LAYER, 0.8 - 0.6 * np.exp(-0.6))):
         lambdas = [np.exp(p[f"lambda_query_{i}"] @ p[f"lambda_key_{i}"]) for i in (1, 2)]
         out = np.asarray(first - (lambdas[0] - lambdas[1] + lambda_init) * second, np.float64)

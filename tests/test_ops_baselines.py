@@ -44,7 +44,7 @@ CASES = [
     (talking_heads_attention, 4, 2, True, 4, True),
     (talking_heads_attention, 3, 1, False, 5, True),
     (differential_attention, 4, 2, False, 4, True),
-    (differential_attention, 6, 6, True, None, True),
+    (differential_attention, 8, 4, True, None, True),
     (simplicial_attention, 4, 2, True, (5, 3), True),
     (simplicial_attention, 2, 1, False, (4, 3), True),
     (simplicial_attention, 2, 1, True, None, True),
@@ -100,11 +100,11 @@ def test_talking_heads_window_is_exact_to_the_token(small_blocks):
         np.testing.assert_array_equal(seen, (distance >= 0) & (distance < window))
 
 
-def test_differential_with_lambda_zero_is_the_first_group():
-    arguments, _ = shapes(differential_attention, 6, 2)
+def test_differential_with_lambda_zero_is_mha_over_the_even_heads():
+    arguments, _ = shapes(differential_attention, 12, 4)
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in normal(4, *arguments))
     out = differential_attention(q, k, v, jnp.float32(0), window=4)
-    expected = dot_product_attention(q[:, :, :3], k[:, :, :1], v, window=4)
+    expected = dot_product_attention(q[:, :, ::2], k[:, :, ::2], v, window=4)
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 

@@ -171,9 +171,9 @@ class DifferentialAttention(MultiHeadAttention):
         lambda = exp(lambda_query_1 . lambda_key_1) - exp(lambda_query_2 . lambda_key_2) + lambda_init
         lambda_init = 0.8 - 0.6 exp(-0.3 (layer - 1)), layers counted from 1
 
-    The projections are MHA's: of its H query and K key heads the first half is group 1, and pairs of its value heads
-    are the values. The norm (epsilon 1e-5) has one scale of width 2d for all heads. Kind `differential`. Adds `6 d`
-    parameters to MHA's.
+    The projections are MHA's: its query heads 2h and 2h + 1 are q1[h] and q2[h], its key heads likewise, and pairs of
+    its value heads are the values. The norm (epsilon 1e-5) has one scale of width 2d for all heads. Kind
+    `differential`. Adds `6 d` parameters to MHA's.
     """
 
     def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):

@@ -29,10 +29,11 @@ def differential_attention(
 ) -> Float[Array, "B N H/2 e"]:
     """Differential attention (formula at the top of this file), neither normed nor scaled afterwards.
 
-    The first H/2 heads of `q` are the first group (q1), the others the second, and so in `k`: head h of each group
-    reads key head `h // (H / K)` of its group and value head `h // (H / K)`. `lambda_` is a scalar. One call of
-    `dot_product_attention`, whose masks and implementations these are; the difference is taken in float32 (float64 for
-    float64 inputs), the result has the dtype of `q`. Each half is first rounded to q's dtype.
+    Heads 2h and 2h + 1 of `q` are q1 and q2 of differential head h; key heads likewise are pairs. Head h reads key pair
+    `h // (H / K)` and value head `h // (H / K)`, so devices that hold whole pairs of key heads need nothing of each
+    other. `lambda_` is a scalar. One call of `dot_product_attention`, whose masks and implementations these are; the
+    difference is taken in float32 (float64 for float64 inputs), the result has the dtype of `q`. Each half is first
+    rounded to q's dtype.
 
     Raises:
       ValueError: at trace time, naming the argument, what was got and what was expected.
@@ -40,18 +41,23 @@ def differential_attention(
     if q.ndim == k.ndim == v.ndim == 4:
         H, K = q.shape[2], k.shape[2]
         if H % 2 or K % 2:
-            raise ValueError(f"q has {H} heads and k {K}; expected even numbers: two groups of each")
+            raise ValueError(f"q has {H} heads and k {K}; expected even numbers: pairs of each")
         if 2 * v.shape[2] != K:
             raise ValueError(f"v has {v.shape[2]} heads; expected {K // 2}, half as many as k {k.shape}")
     if jnp.shape(lambda_):
         raise ValueError(f"lambda_ has shape {jnp.shape(lambda_)}; expected a scalar")
-    twice = jnp.concatenate([v, v], axis=2) if v.ndim == 4 else v
+    twice = jnp.repeat(v, 2, axis=2) if v.ndim == 4 else v
     check_attention(q, k, twice, window, segment_ids)
     features = Features.of(q, twice, causal=causal, window=window, segment_ids=segment_ids)
     if resolve_attention_implementation(implementation, features) == "reference":
         return reference.differential_attention(q, k, v, lambda_, causal=causal, window=window, segment_ids=segment_ids)
+    (B, N, H, d), K = q.shape, k.shape[2]
+    # The queries of one key head side by side: [pair of key heads, differential head of the pair, group] to [pair,
+    # group, differential head]. The keys are in that order already.
+    by_key = jnp.swapaxes(q.reshape(B, N, K // 2, H // K, 2, d), 3, 4).reshape(B, N, H, d)
     both = dot_product_attention(
-        q, k, twice, causal=causal, window=window, segment_ids=segment_ids, implementation=implementation
+        by_key, k, twice, causal=causal, window=window, segment_ids=segment_ids, implementation=implementation
     )
-    first, second = jnp.split(both.astype(working_dtype(both)), 2, axis=2)
-    return (first - lambda_ * second).astype(q.dtype)
+    both = both.astype(working_dtype(both)).reshape(B, N, K // 2, 2, H // K, -1)
+    out = both[:, :, :, 0] - lambda_ * both[:, :, :, 1]
+    return out.reshape(B, N, H // 2, -1).astype(q.dtype)

@@ -66,15 +66,15 @@ def differential_attention(
     window: int | None,
     segment_ids: Int[Array, "B N"] | None,
 ) -> Float[Array, "B N H/2 e"]:
-    """Ye et al. 2024: head by head, the first group's attention less lambda times the second's."""
+    """Ye et al. 2024: head by head, attention of the even query and key heads less lambda times that of the odd."""
     (B, N, H, _), K, dtype = q.shape, k.shape[2], q.dtype
     q, k, v = upcast(q), upcast(k), upcast(v)
     seen = _seen(N, causal, window, segment_ids, B)
     outputs = []
     for h in range(H // 2):
-        key = h // (H // K)
-        first = one_head(q[:, :, h], k[:, :, key], v[:, :, key], seen)
-        second = one_head(q[:, :, H // 2 + h], k[:, :, K // 2 + key], v[:, :, key], seen)
+        pair = h // (H // K)
+        first = one_head(q[:, :, 2 * h], k[:, :, 2 * pair], v[:, :, pair], seen)
+        second = one_head(q[:, :, 2 * h + 1], k[:, :, 2 * pair + 1], v[:, :, pair], seen)
         outputs.append(first - lambda_ * second)
     return jnp.stack(outputs, axis=2).astype(dtype)
 
