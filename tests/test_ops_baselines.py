@@ -91,6 +91,15 @@ def test_both_simplicial_windows_are_exact_to_the_token(small_blocks):
                 np.testing.assert_array_equal(seen, (np.abs(distance) < window) & ((distance >= 0) | (not causal)))
 
 
+def test_vmap_of_the_backward_pass_of_blocks_of_four(monkeypatch):
+    """XLA for CPUs (jax 0.10) crashed here while the arrays of a block had six axes, seven under vmap."""
+    monkeypatch.setattr(query_blocks, "SCORES_A_BLOCK", 1)
+    monkeypatch.setattr(simplicial, "SMALLEST_WINDOW_BLOCK", 4)
+    q, k, v, _, v2 = (jnp.asarray(x[:1], jnp.float32) for x in normal(3, *shapes(simplicial_attention, 4, 2)[0]))
+    seen = influence(lambda k: simplicial_attention(q, k, v, k, v2, causal=False, windows=(5, 3)), k)
+    np.testing.assert_array_equal(seen, np.abs(np.arange(N)[:, None] - np.arange(N)) < 5)
+
+
 def test_talking_heads_window_is_exact_to_the_token(small_blocks):
     q, k, v, before, after = (jnp.asarray(x, jnp.float32) for x in normal(3, *shapes(talking_heads_attention, 2, 2)[0]))
     distance = np.arange(N)[:, None] - np.arange(N)

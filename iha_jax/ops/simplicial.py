@@ -6,8 +6,8 @@
 The trilinear form is not invariant under RoPE: give it unrotated queries and keys.
 With `q'[i, k] = q[i] * k2[k]` the logits are those of ordinary attention with several queries a token, and so they are
 computed: one matrix product for the logits, one for `sum_j weight v[j]`, and sums over the second keys.
-Shapes: B batch, N tokens, H heads, K key/value heads, G = H / K, d head width, e value width; inside, C query tokens of
-a block, M first and R second keys it can reach.
+Shapes: B batch, N tokens, H heads, K key/value heads, d head width, e value width; inside, C query tokens of a block, M
+first and R second keys it can reach.
 """
 
 import math
@@ -34,7 +34,7 @@ from iha_jax.ops.rope import working_dtype
 SMALLEST_BLOCK = 8  # dense
 SMALLEST_WINDOW_BLOCK = 16
 
-Keys = tuple[Array, Array, Array]  # keys [B, K, M, d], values [B, K, M, e], segments [B, M, 1]
+Keys = tuple[Array, Array, Array]  # keys [B, H, M, d], values [B, H, M, e], segments [B, M, 1]
 
 
 def simplicial_attention(
@@ -76,35 +76,36 @@ def simplicial_attention(
         return reference.simplicial_attention(q, k, v, k2, v2, causal=causal, windows=windows, segment_ids=segment_ids)
     if windows is not None and windows[1] > windows[0]:  # the two key sets are interchangeable: the smaller one second
         k, v, k2, v2, windows = k2, v2, k, v, (windows[1], windows[0])
-    (B, N, H, d), K = q.shape, k.shape[2]
-    ids = token_ids(segment_ids, B, N)
-    queries = (jnp.moveaxis(q, 1, 2).reshape(B, K, H // K, N, d), ids)
-    first, second = ((jnp.moveaxis(x, 1, 2), jnp.moveaxis(y, 1, 2), ids) for x, y in ((k, v), (k2, v2)))
+    # Keys are repeated, small beside the logits, rather than grouped: a block's arrays then have five axes, six under
+    # vmap. XLA for CPUs (jax 0.10) crashes in a product of matrices fused with a product and a sum over seven.
+    ids, group = token_ids(segment_ids, q.shape[0], q.shape[1]), q.shape[2] // k.shape[2]
+    k, v, k2, v2 = (jnp.repeat(jnp.moveaxis(x, 1, 2), group, axis=1) for x in (k, v, k2, v2))
+    queries, first, second = (jnp.moveaxis(q, 1, 2), ids), (k, v, ids), (k2, v2, ids)
     if windows is None:
         out = _dense(queries, first, second, causal)
     else:
         out = _windowed(queries, first, second, causal, windows)
-    return jnp.moveaxis(out.reshape(B, H, N, -1), 1, 2).astype(q.dtype)
+    return jnp.moveaxis(out, 2, 1).astype(q.dtype)
 
 
 def _dense(queries: tuple[Array, Array], first: Keys, second: Keys, causal: bool) -> Array:
-    B, K, G, N, _ = queries[0].shape
+    B, H, N, _ = queries[0].shape
 
     def attend(queries: tuple[Array, Array], keys: tuple[Keys, Keys], rows: Array, columns: np.ndarray) -> Array:
         near_CM = (jnp.asarray(columns) <= rows[:, None]) | (not causal)
         seen = near_CM & same_segment(queries[1][..., 0], keys[0][2][..., 0])
-        k2_BKMd, v2_BKMe, _ = keys[1]
-        return _attend(queries[0], keys[0], seen, (k2_BKMd[:, :, None], v2_BKMe[:, :, None]), seen)
+        k2_BHRd, v2_BHRe, _ = keys[1]
+        return _attend(queries[0], keys[0], seen, (k2_BHRd[:, :, None], v2_BHRe[:, :, None]), seen)
 
-    size = block_of(B * K * G * N * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
+    size = block_of(B * H * N * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
     return attend_in_blocks(attend, queries, (first, second), size=size, causal=causal)
 
 
 def _windowed(queries: tuple[Array, Array], first: Keys, second: Keys, causal: bool, windows: tuple[int, int]) -> Array:
-    B, K, G, N, _ = queries[0].shape
+    B, H, N, _ = queries[0].shape
     halos = [(w - 1, 0 if causal else w - 1) for w in windows]
     reach = sum(halos[1]) + 1  # second keys of one query
-    size = block_of(2 * B * K * G * windows[0] * reach, SMALLEST_WINDOW_BLOCK, min(N, windows[0]))
+    size = block_of(2 * B * H * windows[0] * reach, SMALLEST_WINDOW_BLOCK, min(N, windows[0]))
     offset = np.arange(size)[:, None] - (np.arange(sum(halos[0]) + size) - halos[0][0])
     near_CM = jnp.asarray((np.abs(offset) < windows[0]) & ((offset >= 0) | (not causal)))
 
@@ -122,12 +123,12 @@ def _windowed(queries: tuple[Array, Array], first: Keys, second: Keys, causal: b
     return attend_in_windows(attend, queries, (first, *halos[0]), (second, *halos[1]), size=size)
 
 
-def _attend(q_BKGCd: Array, first: Keys, seen_BCM: Array, second: tuple[Array, Array], seen_BCR: Array) -> Array:
-    """One block; `second`: keys [B, K, C or 1, R, d] and values [B, K, C or 1, R, e] of each query."""
-    (k_BKMd, v_BKMe, _), (k2_BKCRd, v2_BKCRe), dtype = first, second, working_dtype(q_BKGCd)
-    q_BKGCRd = (q_BKGCd / math.sqrt(q_BKGCd.shape[-1]))[..., None, :] * k2_BKCRd[:, :, None]
-    logits = jnp.einsum("bkgcrd,bkmd->bkgcrm", q_BKGCRd, k_BKMd, preferred_element_type=dtype)
-    visible = (seen_BCR[..., None] & seen_BCM[:, :, None])[:, None, None]
-    weights = visible_softmax(logits, visible, axis=(-2, -1)).astype(v_BKMe.dtype)
-    values = jnp.einsum("bkgcrm,bkme->bkgcre", weights, v_BKMe, preferred_element_type=dtype)
-    return jnp.sum(values * v2_BKCRe[:, :, None], axis=-2)
+def _attend(q_BHCd: Array, first: Keys, seen_BCM: Array, second: tuple[Array, Array], seen_BCR: Array) -> Array:
+    """One block; `second`: keys [B, H, C or 1, R, d] and values [B, H, C or 1, R, e] of each query."""
+    (k_BHMd, v_BHMe, _), (k2_BHCRd, v2_BHCRe), dtype = first, second, working_dtype(q_BHCd)
+    q_BHCRd = (q_BHCd / math.sqrt(q_BHCd.shape[-1]))[..., None, :] * k2_BHCRd
+    logits = jnp.einsum("bhcrd,bhmd->bhcrm", q_BHCRd, k_BHMd, preferred_element_type=dtype)
+    visible = (seen_BCR[..., None] & seen_BCM[:, :, None])[:, None]
+    weights = visible_softmax(logits, visible, axis=(-2, -1)).astype(v_BHMe.dtype)
+    values = jnp.einsum("bhcrm,bhme->bhcre", weights, v_BHMe, preferred_element_type=dtype)
+    return jnp.sum(values * v2_BHCRe, axis=-2)
