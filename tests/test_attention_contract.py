@@ -40,6 +40,10 @@ SIZES = dict(
 # Tokens that a windowed kind reaches, its own included. IHA: query (n, 0) also sees pseudo-keys of token n - window.
 REACH = {"mha_local": 4, "iha_local": 3, "simplicial_local": 5}
 
+# Scanned and recomputed in the default tests of the model already, or differing only in the mask or the weights from
+# kinds that are here.
+STACKED = ("mha", "mha_local", "iha", "iha_local", "simplicial", "fused_mixing")
+
 
 @pytest.fixture
 def small_blocks(monkeypatch):
@@ -220,7 +224,7 @@ def test_flops_of_the_baselines():
     assert mixed == 5 * 2 * 6 * (16 + 4 + 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in STACKED else ()) for k in KINDS])
 def test_scan_and_remat_equal_a_loop_without(kind):
     config = dataclasses.replace(model_config(kind), num_layers=2)
     parameters = perturbed(initialize(config, KEY), scale=0.02)
