@@ -94,4 +94,9 @@ def get_config() -> ConfigDict:
     training.init_from_step = 0  # 0: its last
     training.tensorboard = False
     training.wandb_project = ""
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # batch split, weights copied; -1: all devices that the other axes leave
+    mesh.fsdp = 1  # batch and weights split
+    mesh.tensor = 1  # heads, feed-forward width and vocabulary split
     return config

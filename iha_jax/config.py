@@ -125,6 +125,15 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes (`iha_jax/parallel/mesh.py`); -1 for one of them: inferred from the device count."""
+
+    data: int = _number(low=-1, valid="a positive size, or -1 to infer it")
+    fsdp: int = _number(low=-1, valid="a positive size, or -1 to infer it")
+    tensor: int = _number(low=-1, valid="a positive size, or -1 to infer it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text, how it is cut into tokens, and where prepared data lives."""
 
@@ -185,6 +194,7 @@ class Config:
     data: DataConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    mesh: MeshConfig
 
 
 def resolve(values: Any) -> Config:
@@ -330,6 +340,9 @@ def _check_model(model: ModelConfig) -> list[str]:
 
 def _check_training(config: Config) -> list[str]:
     problems, training, data = [], config.training, config.data
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        if size == 0:
+            problems.append(f"config.mesh.{axis} = 0: expected a positive size, or -1 to infer it")
     if training.batch_size % training.accumulation:
         problems.append(
             f"config.training.accumulation = {training.accumulation}: does not divide config.training.batch_size = "

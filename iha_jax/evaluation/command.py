@@ -24,12 +24,13 @@ def restore(workdir: str, step: int | None) -> Restored:
     """Raises ValueError for a directory that is no run, a step it does not have, or parameters that do not fit."""
     from etils import epath
 
-    from iha_jax.parallel.mesh import data_mesh
+    from iha_jax.parallel.mesh import mesh_for_evaluation
     from iha_jax.training.checkpoint import Checkpointer
     from iha_jax.training.run_directory import load_run_config
     from iha_jax.training.state import abstract_parameters_on
 
-    config, mesh = load_run_config(workdir), data_mesh()
+    config = load_run_config(workdir)
+    mesh = mesh_for_evaluation(config.mesh)
     with Checkpointer(epath.Path(workdir) / "checkpoints", keep=None) as checkpoints:
         found = step if step is not None else checkpoints.latest_step()
         if found is None:
@@ -50,7 +51,7 @@ def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
     from iha_jax.training.step import make_eval_step
 
     config = run.config
-    check_batch_sizes(config, run.mesh.size)
+    check_batch_sizes(config, run.mesh)
     tokenizer = open_tokenizer(config)
     rows = open_validation_rows(config, tokenizer)
     count = config.training.eval_rows if flags.eval_rows is None else flags.eval_rows

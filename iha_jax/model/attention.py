@@ -13,6 +13,7 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
 from iha_jax.model.layers import RMSNorm
+from iha_jax.parallel.attention import gather_heads, heads_split, on_each_device, sum_and_scatter_heads
 from iha_jax.ops import (
     Features,
     apply_rope,
@@ -77,7 +78,13 @@ class MultiHeadAttention(nnx.Module):
         self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
     ) -> Float[Array, "B N D"]:
         """`layer`: the number of this layer in the model, from 1; an array where layers are scanned."""
-        return self.project_back(self.attend(*self.project(x_BND), segment_ids_BN))
+        q_BNHd, k_BNKd, v_BNKd = self.project(x_BND)
+        arguments = [(q_BNHd, "B N H d"), (k_BNKd, "B N K d"), (v_BNKd, "B N K d"), (segment_ids_BN, "B N")]
+        return self.project_back(on_each_device(self.attend, [*arguments, *self.mixing(x_BND.dtype)], "B N H d"))
+
+    def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
+        """Weights that `attend` takes after the segments, with their dimensions."""
+        return []
 
     def project_back(self, out_BNHd: Array) -> Array:
         return jnp.einsum("bnhd,hdD->bnD", out_BNHd, self.output[...].astype(out_BNHd.dtype))
@@ -109,15 +116,24 @@ class InterleavedHeadAttention(MultiHeadAttention):
         collapse_shape = (H, H, P) if config.iha.collapse == "global" else (H, P)
         self.collapse = nnx.Param(initial_value("attention/collapse", collapse_shape, config, rngs))
 
-    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
-        iha, dtype = self.config.iha, q_BNHd.dtype
+    def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
+        """Each device has the pseudo-heads of its own heads H, and so those slices of the mixing weights."""
+        weights = (self.alpha_query, self.alpha_key, self.alpha_value, self.collapse)
+        dimensions = ("s H p", "s H p", "s H p", "g H p" if self.config.iha.collapse == "global" else "H p")
+        return [(weight[...].astype(dtype), names) for weight, names in zip(weights, dimensions, strict=True)]
+
+    def attend(
+        self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
+    ) -> Array:
+        iha = self.config.iha
         positions = "none" if self.config.positions == "none" else iha.rope_positions
-        mixing = (self.alpha_query, self.alpha_key, self.alpha_value, self.collapse)
-        return interleaved_head_attention(
+        if heads_split():
+            q_BNHd, k_BNKd, v_BNKd = (gather_heads(x) for x in (q_BNHd, k_BNKd, v_BNKd))
+        out_BNHd = interleaved_head_attention(
             q_BNHd,
             k_BNKd,
             v_BNKd,
-            *(weight[...].astype(dtype) for weight in mixing),
+            *mixing,
             causal=self.config.causal,
             causality=iha.causality,
             window=self.window,
@@ -126,6 +142,7 @@ class InterleavedHeadAttention(MultiHeadAttention):
             segment_ids=segment_ids_BN,
             implementation=iha.implementation,
         )
+        return sum_and_scatter_heads(out_BNHd) if heads_split() and iha.collapse == "global" else out_BNHd
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:

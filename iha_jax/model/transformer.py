@@ -15,6 +15,7 @@ from iha_jax.config import ModelConfig
 from iha_jax.model.attention import ATTENTION
 from iha_jax.model.init import initial_value
 from iha_jax.model.layers import Mlp, RMSNorm
+from iha_jax.parallel.rules import constrain
 
 Parameters = dict[str, Any]
 
@@ -36,8 +37,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BND: Array, segment_ids_BN: Array | None, layer: Array | int) -> Array:
         """`layer`: the number of this layer in the model, from 1; an array where layers are scanned."""
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), segment_ids_BN, layer)
-        return x_BND + self.mlp(self.mlp_norm(x_BND))
+        x_BND = constrain(x_BND + self.attention(self.attention_norm(x_BND), segment_ids_BN, layer), "B N D")
+        return constrain(x_BND + self.mlp(self.mlp_norm(x_BND)), "B N D")
 
 
 class Group(nnx.Module):
@@ -91,7 +92,8 @@ class Transformer(nnx.Module):
 
         if config.remat != "none":
             run_group = jax.checkpoint(run_group, policy=REMAT[config.remat])
-        x_BND = self.embedding[...].astype(dtype)[inputs_BN]
+        table_VD = constrain(self.embedding[...].astype(dtype), "V D")
+        x_BND = constrain(table_VD[inputs_BN], "B N D")
         size, groups = len(config.layer_pattern), config.num_groups
         if config.scan_layers:
             stacked = self.groups, 1 + size * jnp.arange(groups)
@@ -107,7 +109,8 @@ class Transformer(nnx.Module):
         """Float32 predictions of the next token, from `hidden`'s result."""
         table_DV = self.embedding[...].T if self.config.tie_embeddings else self.unembedding[...]
         table_DV = table_DV.astype(hidden_BND.dtype)
-        return jnp.einsum("bnD,Dv->bnv", hidden_BND, table_DV, preferred_element_type=jnp.float32)
+        logits_BNV = jnp.einsum("bnD,Dv->bnv", hidden_BND, table_DV, preferred_element_type=jnp.float32)
+        return constrain(logits_BNV, "B N V")
 
     def __call__(
         self, inputs_BN: Int[Array, "B N"], segment_ids_BN: Int[Array, "B N"] | None = None

@@ -1,20 +1,88 @@
-"""The device mesh. One axis so far: `data`, over all devices, with the state replicated."""
+"""The device mesh: four axes, each fine at size 1, and where a batch lies on it.
+
+| axis    | what is split over it                                      | traffic                                     |
+|---------|------------------------------------------------------------|---------------------------------------------|
+| data    | rows of the batch; weights are copied                      | gradients, once a step: the slow network    |
+| fsdp    | rows of the batch, and weights along one dimension         | weights before use, gradients after         |
+| tensor  | heads, feed-forward width, vocabulary                      | activations, in every layer: fast links     |
+
+Axes stand in this order, so that neighbors of `tensor` are neighbors on the machine, and slices or hosts joined by a
+slow network differ in `data` only.
+"""
+
+import dataclasses
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from iha_jax.config import Config, ConfigError
+from iha_jax.config import Config, ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, `data`."""
-    return Mesh(np.asarray(jax.devices()), ("data",))
+def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis, the one given as -1 inferred from the number of devices.
+
+    Raises:
+      ConfigError: unless the sizes multiply to `devices`, naming the nearest sizes that would.
+    """
+    asked = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in asked.items() if size == -1]
+    fixed = int(np.prod([size for size in asked.values() if size != -1]))
+    if len(free) > 1:
+        raise ConfigError([f"config.mesh: {' and '.join(free)} are both -1; only one can be inferred"])
+    if free and devices % fixed == 0:
+        return asked | {free[0]: devices // fixed}
+    if not free and fixed == devices:
+        return asked
+    given = " * ".join(f"{axis} {size}" for axis, size in asked.items() if size != -1)
+    if free:
+        divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+        wish = f"their product {fixed} must divide the {devices} devices: {', '.join(map(str, divisors))}"
+    else:
+        wish = f"their product {fixed} must be the {devices} devices; set one of them to -1 to have it inferred"
+    raise ConfigError([f"config.mesh: {given}: {wish}"])
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices of all processes; across slices of a TPU, `data` is the axis between them.
+
+    Raises:
+      ConfigError: for sizes that do not fit the devices, or a `data` axis that the slices do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(config, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = tuple(sizes.values())
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    if sizes["data"] % slices:
+        raise ConfigError(
+            [f"config.mesh.data = {sizes['data']}: the {slices} slices must divide it; choose a multiple of {slices}"]
+        )
+    inside, between = (sizes["data"] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True), AXES)
+
+
+def mesh_for_evaluation(config: MeshConfig) -> Mesh:
+    """The run's own mesh where it fits the devices that are here, else all of them along `fsdp`."""
+    try:
+        return make_mesh(config)
+    except ConfigError:
+        return make_mesh(dataclasses.replace(config, data=1, fsdp=-1, tensor=1))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch spread over the `data` axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Rows of a batch spread over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many ways the rows of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -23,24 +91,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, joined with the other processes' into arrays sharded over `data`."""
+    """This process's rows of a batch, joined with the other processes' into arrays sharded over the batch axes."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def check_batch_sizes(config: Config, devices: int) -> None:
-    """Raises ConfigError unless every micro-batch and evaluation batch divides evenly over the devices."""
-    training, problems = config.training, []
+def check_batch_sizes(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError unless every micro-batch and evaluation batch divides evenly over the batch axes."""
+    training, shards, problems = config.training, batch_shards(mesh), []
     micro = training.batch_size // training.accumulation
-    if micro % devices:
+    if micro % shards:
         problems.append(
             f"config.training.batch_size = {training.batch_size}: its micro-batches of {micro} rows do not divide over "
-            f"{devices} devices; choose a multiple of {devices * training.accumulation}"
+            f"the {shards} shards of data and fsdp; choose a multiple of {shards * training.accumulation}"
         )
-    if training.eval_batch_size % devices:
+    if training.eval_batch_size % shards:
         problems.append(
-            f"config.training.eval_batch_size = {training.eval_batch_size}: does not divide over {devices} devices; "
-            f"choose a multiple of {devices}"
+            f"config.training.eval_batch_size = {training.eval_batch_size}: does not divide over the {shards} shards "
+            f"of data and fsdp; choose a multiple of {shards}"
         )
     if problems:
         raise ConfigError(problems)

@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 from iha_jax.accounting import count_parameters, flops_per_token
 from iha_jax.config import IHA_KINDS, Config, ConfigError
 from iha_jax.model import ATTENTION
-from iha_jax.ops import Features
+from iha_jax.ops import Features, target_platform
+from iha_jax.ops.implementations import current_platform
 
 
 def kernels(config: Config) -> dict[str, str]:
@@ -40,7 +41,8 @@ def _kernel(config: Config, kind: str) -> str:
         window=None if window is None or window >= model.context_length else window,
         segments=config.data.document_attention,
     )
-    return ATTENTION[kind].kernel(model, features)
+    with target_platform(current_platform()):  # on a mesh each device runs the kernel of its own part, alone
+        return ATTENTION[kind].kernel(model, features)
 
 
 def describe(config: Config, mesh: Mesh, start_step: int) -> str:

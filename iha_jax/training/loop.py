@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from iha_jax.config import Config, ConfigError
 from iha_jax.data.batches import train_batches
 from iha_jax.data.corpus import Corpus, open_corpus
-from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, data_mesh, place_batch, replicated
+from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, make_mesh, place_batch, replicated
+from iha_jax.parallel.rules import check_split
 from iha_jax.training.banner import describe, kernels
 from iha_jax.training.checkpoint import Checkpointer
 from iha_jax.training.meter import Meter
@@ -44,8 +45,9 @@ def admit(config: Config, workdir: str) -> Job:
     Raises:
       ValueError: (ConfigError, RunDirectoryError, ...) saying what cannot be used and what would be.
     """
-    mesh = data_mesh()
-    check_batch_sizes(config, mesh.size)
+    mesh = make_mesh(config.mesh)
+    check_batch_sizes(config, mesh)
+    check_split(config.model, mesh)
     if not config.model.causal:
         raise ConfigError(
             ["config.model.causal = False: each token would see the one it must predict; language models need True"]
@@ -69,6 +71,7 @@ def train(job: Job) -> int:
     run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=kernels(config))
 
     with (
+        jax.set_mesh(mesh),
         Preemption() as preemption,
         Checkpointer(run.checkpoints, keep=config.training.keep_checkpoints) as checkpoints,
         MetricsWriter(
@@ -147,7 +150,8 @@ def _compile(config: Config, optimizer: optax.GradientTransformation, state: Sta
             "loss_mask": jnp.float32,
         }.items()
     }
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=replicated(mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=shardings)
     return step.lower(state, batch).compile()
 
 

@@ -26,6 +26,9 @@ FREE = frozenset(
         "training.wandb_project",
         "training.keep_checkpoints",
         "training.log_every",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
     }
 )
 _PACKAGES = ("iha_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from iha_jax.config import Config, ConfigError
 from iha_jax.model import abstract_parameters
 from iha_jax.model.warm_start import warm_start
-from iha_jax.parallel.mesh import replicated
+from iha_jax.parallel.rules import state_shardings
 from iha_jax.training.checkpoint import Checkpointer
 from iha_jax.training.run_directory import load_run_config
 from iha_jax.training.step import State, initial_state
@@ -18,17 +18,19 @@ from iha_jax.training.step import State, initial_state
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the training state; allocates nothing."""
-    state = jax.eval_shape(lambda: initial_state(config, optimizer))
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+    return _placed(jax.eval_shape(lambda: initial_state(config, optimizer)), mesh)
 
 
 def abstract_parameters_on(config: Config, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters alone."""
-    sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_parameters(config.model)
-    )
+    return _placed(abstract_parameters(config.model), mesh)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree, state_shardings(tree, mesh))
 
 
 def starting_state(
@@ -41,11 +43,12 @@ def starting_state(
     step = checkpoints.latest_step()
     if step is not None:
         return checkpoints.restore(abstract_state(config, optimizer, mesh), step), checkpoints.metadata(step)
-    state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=replicated(mesh))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings)()  # never whole on one device
     if config.training.init_from:
         source_config, source = _load_source(config, mesh)
         parameters = warm_start(state["parameters"], config.model, source, source_config.model)
-        state["parameters"] = jax.device_put(parameters, replicated(mesh))
+        state["parameters"] = jax.device_put(parameters, shardings["parameters"])
     return state, {}
 
 
