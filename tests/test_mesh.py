@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from iha_jax.config import ConfigError, MeshConfig
+from iha_jax.config import LAYER_KINDS, ConfigError, MeshConfig
 from iha_jax.model import abstract_parameters
 from iha_jax.parallel.mesh import axis_sizes
-from iha_jax.parallel.rules import WEIGHTS, check_divisible, weight_spec
+from iha_jax.parallel.rules import WEIGHTS, check_split, weight_spec
 from tests.tiny import tiny
 
 ONE = dict(data=1, fsdp=1, tensor=1)
@@ -48,3 +49,93 @@ def test_every_mesh_gives_the_losses_of_one_device(found, arm, mesh):
     expected = found[f"{arm} one"]["losses"]
     assert expected[-1] < expected[0]
     np.testing.assert_allclose(found[f"{arm} {mesh}"]["losses"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["mha", "iha"])
+def test_data_alone_exchanges_gradients_and_nothing_else(found, arm):
+    assert {kind for kind, _ in found[f"{arm} data 8"]["collectives"]} == {"all-reduce"}
+    for _, result in found[f"{arm} data 8"]["collectives"]:
+        assert not re.search(r"\[1,24,", result), "an activation was reduced"
+
+
+@pytest.mark.parametrize("arm", ["mha", "iha"])
+def test_fsdp_gathers_weights_and_no_activations(found, arm):
+    """Activations have 1 of 8 rows and 24 tokens on a device, 8 rows when gathered; no weight has such a shape."""
+    collectives = found[f"{arm} fsdp 8"]["collectives"]
+    assert "all-gather" in {kind for kind, _ in collectives}
+    assert {kind for kind, _ in collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    for _, result in collectives:
+        assert not re.search(r"\[[18],24,24\]|\[[18],24,\d+,4\]", result), result
+    # Replicated: norms, and head mixing in IHA. Everything else is held an eighth each.
+    assert found[f"{arm} fsdp 8"]["held"] < (0.14 if arm == "mha" else 0.21)
+
+
+def test_iha_over_tensor_gathers_heads_once_and_scatters_outputs(found):
+    """Of activations [2 rows, 24 tokens, heads, 4]: q, k and v are gathered, outputs of all heads summed and scattered;
+    nothing of P times that size is exchanged. CPU's compiler writes a reduce-scatter as an all-reduce and a slice."""
+    sizes = {"q": (2, 24, 8, 4), "k": (2, 24, 4, 4)}
+    for kind, result in found["iha fsdp 4 x tensor 2"]["collectives"]:
+        for shape in re.findall(r"\[([\d,]+)\]", result):
+            shape = tuple(map(int, shape.split(",")))
+            if len(shape) >= 4 and shape[1] == 24 or len(shape) >= 4 and shape[0] in (2, 8):
+                assert np.prod(shape) <= np.prod(sizes["q"]), (kind, shape)
+    gathered = [result for kind, result in found["iha fsdp 4 x tensor 2"]["collectives"] if kind == "all-gather"]
+    assert any("[2,24,8,4]" in result for result in gathered)
+    assert any("[2,24,4,4]" in result for result in gathered)
+    assert not any("[2,24,8,4]" in r for _, r in found["mha fsdp 4 x tensor 2"]["collectives"])
+
+
+def test_every_weight_of_every_kind_has_one_rule_and_every_rule_a_weight():
+    used = set()
+    for kind in LAYER_KINDS:
+        config = tiny(
+            model__layer_pattern=(kind,), model__qk_norm=True, model__mlp="swiglu", model__tie_embeddings=False
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_parameters(config.model)):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            weight_spec(name, leaf.ndim)
+            used |= {end for end in WEIGHTS if f"/{name}".endswith(f"/{end}")}
+    assert used == set(WEIGHTS)
+
+
+def test_a_weight_without_a_rule_and_a_wrong_rank_raise():
+    with pytest.raises(ValueError, match=r"groups/block_0/attention/query_2: 0 partition rules match \(none\)"):
+        weight_spec("groups/block_0/attention/query_2", 4)
+    with pytest.raises(ValueError, match=r"mlp/up has 2 dimensions"):
+        weight_spec("groups/block_0/mlp/up", 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "expected"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((1, -1, 2), 8, (1, 4, 2)),
+        ((2, 2, 2), 8, (2, 2, 2)),
+        ((3, -1, 1), 8, "their product 3 must divide the 8 devices: 1, 2, 4, 8"),
+        ((2, 2, 1), 8, "their product 4 must be the 8 devices"),
+        ((-1, -1, 1), 8, "data and fsdp are both -1"),
+    ],
+)
+def test_axis_sizes_are_inferred_or_refused(sizes, devices, expected):
+    config = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    if isinstance(expected, tuple):
+        assert tuple(axis_sizes(config, devices).values()) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            axis_sizes(config, devices)
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "message"),
+    [
+        ((1, 5, 1), {}, "config.model.width = 24: does not divide over config.mesh.fsdp = 5; choose 20 or 25"),
+        ((1, 1, 4), dict(num_heads=6), "config.model.num_heads = 6: does not divide over config.mesh.tensor = 4"),
+        ((1, 1, 2), dict(layer_pattern=("talking_heads",)), "talking heads mix the logits of all heads"),
+        ((1, 1, 2), dict(layer_pattern=("differential",)), "config.mesh.tensor = 2 in pairs; choose 4 or 8"),
+    ],
+)
+def test_models_that_do_not_split_are_refused_by_field(axes, changes, message):
+    settings = {"model__vocab_size": 264, "model__mlp_width": 40, **{f"model__{k}": v for k, v in changes.items()}}
+    mesh = AbstractMesh(axes, ("data", "fsdp", "tensor"))
+    with pytest.raises(ConfigError, match=message):
+        check_split(tiny(**settings).model, mesh)

@@ -140,6 +140,7 @@ class InterleavedHeadAttention(MultiHeadAttention):
             rope_theta=None if positions == "none" else self.config.rope_theta,
             rope_positions="token" if positions == "none" else positions,
             segment_ids=segment_ids_BN,
+            target_heads=mixing[0].shape[1],
             implementation=iha.implementation,
         )
         return sum_and_scatter_heads(out_BNHd) if heads_split() and iha.collapse == "global" else out_BNHd

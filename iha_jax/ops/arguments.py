@@ -38,18 +38,18 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window = {window!r}; expected None or a positive number of tokens")
 
 
-def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array) -> None:
-    """`alpha_q [H, H, P]`, `alpha_k, alpha_v [K, H, P]`, `collapse [H, H, P]` or `[H, P]`, of q's dtype."""
+def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array, T: int) -> None:
+    """`alpha_q [H, T, P]`, `alpha_k, alpha_v [K, T, P]`, `collapse [H, T, P]` or `[T, P]`, of q's dtype; T target heads."""
     H, K = q.shape[2], k.shape[2]
     shape = jax.numpy.shape(alphas["alpha_q"])
-    if len(shape) != 3 or shape[:2] != (H, H) or shape[2] < 1:
-        raise ValueError(f"alpha_q has shape {shape}; expected [{H}, {H}, P]: source head, head, pseudo-head")
+    if len(shape) != 3 or shape[:2] != (H, T) or shape[2] < 1:
+        raise ValueError(f"alpha_q has shape {shape}; expected [{H}, {T}, P]: source head, head, pseudo-head")
     P = shape[2]
     for name in ("alpha_k", "alpha_v"):
-        if alphas[name].shape != (K, H, P):
-            raise ValueError(f"{name} has shape {alphas[name].shape}; expected {(K, H, P)}: key head, head, pseudo")
-    if collapse.shape not in ((H, H, P), (H, P)):
-        raise ValueError(f"collapse has shape {collapse.shape}; expected {(H, H, P)} (global) or {(H, P)} (per head)")
+        if alphas[name].shape != (K, T, P):
+            raise ValueError(f"{name} has shape {alphas[name].shape}; expected {(K, T, P)}: key head, head, pseudo")
+    if collapse.shape not in ((H, T, P), (T, P)):
+        raise ValueError(f"collapse has shape {collapse.shape}; expected {(H, T, P)} (global) or {(T, P)} (per head)")
     for name, x in (*alphas.items(), ("collapse", collapse)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}; expected {q.dtype} as q has; cast one of them")

@@ -63,6 +63,7 @@ def interleaved_head_attention(
     rope_theta: float | None = None,
     rope_positions: str = "virtual",
     segment_ids: Int[Array, "B N"] | None = None,
+    target_heads: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B N H e"]:
     """IHA from unmixed, unrotated queries, keys and values to collapsed outputs (formula at the top of this file).
@@ -75,6 +76,9 @@ def interleaved_head_attention(
       rope_theta: base of RoPE on mixed queries and keys, None for none; `rope_positions`: "virtual" (n*P + p) or
         "token" (n).
       segment_ids: integers, a token sees its own segment; 0 is padding: output and gradients exactly 0.
+      target_heads: T, where a device makes the pseudo-heads of T heads only, out of all H: then `alpha_q` is [H, T, P],
+        `alpha_k, alpha_v` are [K, T, P], and `collapse` [H, T, P] gives the part [B, N, H, e] of the sum that these T
+        heads contribute, [T, P] their outputs [B, N, T, e]. None: T = H.
       implementation: "reference" (loops, for tests), "streaming" (XLA on any device; holds the pseudo-tokens of one
         chunk and its window at a time, the backward pass recomputes them), "fused" (one Pallas kernel, TPUs and GPUs;
         not yet run on hardware), or "auto", which takes what `implementations.TABLE` says.
@@ -85,7 +89,8 @@ def interleaved_head_attention(
       ValueError: at trace time, naming the argument, what was got and what was expected.
     """
     check_attention(q, k, v, window, segment_ids)
-    check_mixing(q, k, {"alpha_q": alpha_q, "alpha_k": alpha_k, "alpha_v": alpha_v}, collapse)
+    alphas = {"alpha_q": alpha_q, "alpha_k": alpha_k, "alpha_v": alpha_v}
+    check_mixing(q, k, alphas, collapse, q.shape[2] if target_heads is None else target_heads)
     check_choice("causality", causality, ("virtual", "token"))
     check_choice("rope_positions", rope_positions, ("virtual", "token"))
     if rope_theta is not None and not (rope_theta > 0 and q.shape[-1] % 2 == 0):

@@ -115,16 +115,17 @@ def interleaved_head_attention(
 
     seen = seen_pairs(sees, [n for n, _ in virtual], segment_ids, B)
     outputs = []  # of head h: [B, N*P, e]
-    for h in range(H):
+    T = alpha_q.shape[1]  # target heads: H, unless the caller makes only some
+    for h in range(T):
         queries, keys, values = sequence(q, alpha_q, h), sequence(k, alpha_k, h), sequence(v, alpha_v, h)
         if rope_theta is not None:
             queries, keys = rotated(queries, positions, rope_theta), rotated(keys, positions, rope_theta)
         outputs.append(one_head(queries, keys, values, seen))
 
     heads = []
-    for g in range(H):
-        out = jnp.zeros_like(outputs[g][:, :N])
-        for h in range(H) if collapse.ndim == 3 else [g]:
+    for g in range(collapse.shape[0]):
+        out = jnp.zeros_like(outputs[0][:, :N])
+        for h in range(T) if collapse.ndim == 3 else [g]:
             for p in range(P):
                 weight = collapse[g, h, p] if collapse.ndim == 3 else collapse[g, p]
                 out = out + weight * outputs[h][:, p::P]  # the virtual tokens (0, p), (1, p), ...
