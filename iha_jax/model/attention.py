@@ -13,7 +13,6 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
 from iha_jax.model.layers import RMSNorm
-from iha_jax.parallel.attention import gather_heads, heads_split, on_each_device, sum_and_scatter_heads
 from iha_jax.ops import (
     Features,
     apply_rope,
@@ -27,6 +26,7 @@ from iha_jax.ops import (
     simplicial_attention,
     talking_heads_attention,
 )
+from iha_jax.parallel.attention import gather_heads, heads_split, on_each_device, sum_and_scatter_heads
 
 
 class MultiHeadAttention(nnx.Module):
@@ -64,7 +64,10 @@ class MultiHeadAttention(nnx.Module):
         theta = self.config.rope_theta
         return apply_rope(q_BNHd, theta=theta), apply_rope(k_BNKd, theta=theta)
 
-    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
+    def attend(
+        self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
+    ) -> Array:
+        """Attention of the heads it is given, which on a mesh are one device's."""
         return dot_product_attention(
             *self.rotate(q_BNHd, k_BNKd),
             v_BNKd,
@@ -164,12 +167,16 @@ class TalkingHeadsAttention(MultiHeadAttention):
         self.logits_mix = nnx.Param(initial_value("attention/logits_mix", (H, H), config, rngs))
         self.weights_mix = nnx.Param(initial_value("attention/weights_mix", (H, H), config, rngs))
 
-    def attend(self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None) -> Array:
+    def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
+        return [(self.logits_mix[...].astype(dtype), "h h"), (self.weights_mix[...].astype(dtype), "h h")]
+
+    def attend(
+        self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
+    ) -> Array:
         return talking_heads_attention(
             *self.rotate(q_BNHd, k_BNKd),
             v_BNKd,
-            self.logits_mix[...].astype(q_BNHd.dtype),
-            self.weights_mix[...].astype(q_BNHd.dtype),
+            *mixing,
             causal=self.config.causal,
             segment_ids=segment_ids_BN,
             implementation=_blocked(self.config),
@@ -207,20 +214,26 @@ class DifferentialAttention(MultiHeadAttention):
         self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
     ) -> Float[Array, "B N D"]:
         q_BNHd, k_BNKd, v_BNKd = self.project(x_BND)
-        (B, N, K, d), H = v_BNKd.shape, self.config.num_heads
         lambda_init = 0.8 - 0.6 * jnp.exp(-0.3 * (jnp.asarray(layer, jnp.float32) - 1))
         first = jnp.exp(jnp.sum(self.lambda_query_1[...] * self.lambda_key_1[...]))
         second = jnp.exp(jnp.sum(self.lambda_query_2[...] * self.lambda_key_2[...]))
-        out_BNhe = differential_attention(
+        arguments = [(q_BNHd, "B N H d"), (k_BNKd, "B N K d"), (v_BNKd, "B N K d"), (segment_ids_BN, "B N")]
+        out_BNhe = on_each_device(self.attend, [*arguments, (first - second + lambda_init, "")], "B N H e")
+        out_BNhe = self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
+        return self.project_back(out_BNhe.reshape(q_BNHd.shape))
+
+    def attend(
+        self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
+    ) -> Array:
+        B, N, K, d = v_BNKd.shape
+        return differential_attention(
             *self.rotate(q_BNHd, k_BNKd),
             v_BNKd.reshape(B, N, K // 2, 2 * d),
-            first - second + lambda_init,
+            *mixing,
             causal=self.config.causal,
             segment_ids=segment_ids_BN,
             implementation=self.config.implementation,
         )
-        out_BNhe = self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
-        return self.project_back(out_BNhe.reshape(B, N, H, d))
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
@@ -257,15 +270,24 @@ class SimplicialAttention(MultiHeadAttention):
     def __call__(
         self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
     ) -> Float[Array, "B N D"]:
-        out_BNHd = simplicial_attention(
-            *self.project(x_BND),
-            *self.project_second(x_BND),
+        q_BNHd, *keys_and_values = *self.project(x_BND), *self.project_second(x_BND)
+        arguments = [(q_BNHd, "B N H d"), *((x, "B N K d") for x in keys_and_values), (segment_ids_BN, "B N")]
+        return self.project_back(on_each_device(self.attend_to_pairs, arguments, "B N H d"))
+
+    def attend_to_pairs(
+        self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, k2_BNKd: Array, v2_BNKd: Array, segment_ids_BN: Array | None
+    ) -> Array:
+        return simplicial_attention(
+            q_BNHd,
+            k_BNKd,
+            v_BNKd,
+            k2_BNKd,
+            v2_BNKd,
             causal=self.config.causal,
             windows=self.windows,
             segment_ids=segment_ids_BN,
             implementation=_blocked(self.config),
         )
-        return self.project_back(out_BNHd)
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:

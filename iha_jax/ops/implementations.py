@@ -92,9 +92,9 @@ def cudnn_limits(features: Features) -> str | None:
     if features.tokens % 2:
         return f"takes an even number of tokens, got {features.tokens}"
     capability: tuple[int, int] | None = _compute_capability() if jax.default_backend() == "gpu" else (8, 0)
-    if capability is None or capability < (8, 0):
+    if capability is None or capability[0] < 8:
         return "needs an NVIDIA GPU of compute capability 8.0 or later"
-    widest = 256 if capability >= (9, 0) else 128
+    widest = 256 if capability[0] >= 9 else 128
     if features.head_width > widest or features.head_width % 8:
         return f"takes head widths that are multiples of 8, at most {widest} on this GPU, got {features.head_width}"
     return None

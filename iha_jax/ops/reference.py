@@ -91,7 +91,7 @@ def interleaved_head_attention(
 ) -> Float[Array, "B N H e"]:
     """Interleaved Head Attention (arXiv 2602.21371, section 4), with the virtual sequence of each head written out."""
     alpha_q, alpha_k, alpha_v, collapse = (upcast(x) for x in mixing)
-    B, N, H, _ = q.shape
+    B, N = q.shape[:2]
     P, dtype = alpha_q.shape[2], q.dtype
     q, k, v = upcast(q), upcast(k), upcast(v)
 

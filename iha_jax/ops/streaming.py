@@ -94,7 +94,7 @@ class Geometry:
         out = jnp.swapaxes(out_bHex, 2, 3).astype(R.dtype)
         if R.ndim == 2:
             return jnp.einsum("hp,bhpce->bhce", R, out.reshape(b, H, self.P, -1, e))
-        return _multiply_heads(R.reshape(H, -1), out.reshape(b, H * self.P, -1, e))
+        return _multiply_heads(R.reshape(R.shape[0], -1), out.reshape(b, H * self.P, -1, e))
 
     def together(self, key_ids_bM: Array, query_ids_bC: Array) -> Array:
         """[b, 1, y, x]: pairs of one segment; [b, 1, y, 1]: keys that exist, where no segments are given."""
@@ -174,7 +174,7 @@ def _windowed(space: Geometry, size: int, q: Array, k: Array, v: Array, ids: Arr
         chunk_windows(ids, size, before, after, axis=1),
     )
     count, B = chunks[0].shape[:2]
-    steps, together = chunk_batches(count, B * q.shape[1] * space.P**2 * size * reach)
+    steps, together = chunk_batches(count, B * alpha_q.shape[1] * space.P**2 * size * reach)
 
     def batch(x: Array) -> Array:
         x = jnp.pad(x, [(0, steps * together - count)] + [(0, 0)] * (x.ndim - 1))

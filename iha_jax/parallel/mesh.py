@@ -11,6 +11,8 @@ slow network differ in `data` only.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +49,7 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     raise ConfigError([f"config.mesh: {given}: {wish}"])
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over all devices of all processes; across slices of a TPU, `data` is the axis between them.
 
     Raises:
