@@ -18,7 +18,12 @@ from iha_jax.training.step import initial_state, make_train_step
 from tests.tiny import tiny
 
 SIZES = dict(
-    model__context_length=24, model__vocab_size=264, model__mlp_width=32, model__num_heads=8, model__num_kv_heads=4
+    model__num_layers=4,
+    model__context_length=24,
+    model__vocab_size=264,
+    model__mlp_width=32,
+    model__num_heads=8,
+    model__num_kv_heads=4,
 )
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 
@@ -54,7 +59,7 @@ def run(config, devices, steps=5):
 def main():
     found = {}
     for arm, meshes in json.loads(sys.argv[1]).items():
-        pattern = ("mha",) if arm == "mha" else ("iha_local", "iha_local", "mha")
+        pattern = ("mha",) if arm == "mha" else ("iha_local", "mha")
         for name, axes in meshes.items():
             settings = {f"mesh__{axis}": size for axis, size in axes.items()}
             config = tiny(model__layer_pattern=pattern, training__batch_size=8, **SIZES, **settings)

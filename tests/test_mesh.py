@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,25 @@ def test_models_that_do_not_split_are_refused_by_field(axes, changes, message):
     mesh = AbstractMesh(axes, ("data", "fsdp", "tensor"))
     with pytest.raises(ConfigError, match=message):
         check_split(tiny(**settings).model, mesh)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """Ten steps on fsdp 2 x tensor 2, ten more on one device: the losses of a run on one device."""
+
+    def train(workdir, devices, **settings):
+        sizes = dict(context_length=64, width=32, mlp_width=64, vocab_size=264, num_layers=2)
+        training = dict(eval_every=10, checkpoint_every=10, eval_rows=16, log_every=1, steps=20)
+        flags = [f"--config.model.{name}={value}" for name, value in sizes.items()]
+        flags += [f"--config.training.{name}={value}" for name, value in training.items()]
+        flags += [f"--config.mesh.{name}={value}" for name, value in settings.items()]
+        flags += ["--config.model.layer_pattern=iha_local,mha", "--config.optimizer.warmup_steps=3"]
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "train.py", "--config=configs/base.py", f"--workdir={workdir}", *flags]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True)
+        return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+    expected = train(tmp_path / "one", 1)
+    train(tmp_path / "moved", 4, fsdp=2, tensor=2)
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "20")
+    np.testing.assert_allclose(train(tmp_path / "moved", 1), expected, rtol=1e-5)

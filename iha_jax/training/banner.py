@@ -5,9 +5,10 @@ from jax.sharding import Mesh
 
 from iha_jax.accounting import count_parameters, flops_per_token
 from iha_jax.config import IHA_KINDS, Config, ConfigError
-from iha_jax.model import ATTENTION
+from iha_jax.model import ATTENTION, abstract_parameters
 from iha_jax.ops import Features, target_platform
 from iha_jax.ops.implementations import current_platform
+from iha_jax.parallel.rules import table
 
 
 def kernels(config: Config) -> dict[str, str]:
@@ -54,6 +55,7 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
     window = f", P = {model.iha.pseudo_heads}, IHA window {model.iha.window} tokens" if model.uses_iha else ""
     tokens = training.batch_size * model.context_length
     start = f"resuming after step {start_step}" if start_step else "starting"
+    split = [table(abstract_parameters(model), mesh)] if mesh.size > 1 else []
     return "\n".join(
         [
             f"device     {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
@@ -62,5 +64,6 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
             f"compute    {flops.total:,.0f} useful FLOPs a token forward, 3 times that to train; {model.compute_dtype}",
             "kernels    " + ", ".join(f"{kind}: {name}" for kind, name in kernels(config).items()),
             f"schedule   {training.steps:,} steps of {tokens:,} tokens = {training.steps * tokens:,}; {start}",
+            *split,
         ]
     )

@@ -3,12 +3,14 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from iha_jax.config import Config
 from iha_jax.data.batches import validation_batches
 from iha_jax.data.corpus import Corpus
 from iha_jax.evaluation.perplexity import evaluate
+from iha_jax.parallel.mesh import batch_shards
 from iha_jax.training.diagnostics import make_diagnostics
 from iha_jax.training.step import make_eval_step
 
@@ -28,5 +30,7 @@ class Validation:
         )
         numbers = evaluate(self._eval_step, parameters, batches, self._corpus.tokenizer.byte_lengths, self._mesh)
         first = next(iter(validation_batches(self._corpus.validation, batch_size=1, num_rows=1)))
-        found = self._diagnostics(parameters, first["inputs"], first["segment_ids"])
+        # The same row on every shard of the batch: what is found must not depend on the mesh.
+        row = {name: np.repeat(x, batch_shards(self._mesh), axis=0) for name, x in first.items()}
+        found = self._diagnostics(parameters, row["inputs"], row["segment_ids"])
         return numbers | {name: float(value) for name, value in found.items()}
