@@ -39,7 +39,7 @@ def check_window(window: int | None) -> None:
 
 
 def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array, T: int) -> None:
-    """`alpha_q [H, T, P]`, `alpha_k, alpha_v [K, T, P]`, `collapse [H, T, P]` or `[T, P]`, T heads made; of q's dtype."""
+    """`alpha_q [H, T, P]`, `alpha_k, alpha_v [K, T, P]`, `collapse [H, T, P]` or `[T, P]`, all of the dtype of q."""
     H, K = q.shape[2], k.shape[2]
     shape = jax.numpy.shape(alphas["alpha_q"])
     if len(shape) != 3 or shape[:2] != (H, T) or shape[2] < 1:
