@@ -19,6 +19,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def iha(attend: Callable, window: int | None) -> Callable:
     return run
 
 
-def naive(implementation: str, window: int) -> Callable:
+def naive(implementation: Literal["xla", "cudnn"], window: int) -> Callable:
     def run(q, k, v, alpha_q, alpha_k, alpha_v, collapse):
         B, N, H, d = q.shape
         P = alpha_q.shape[-1]
@@ -74,7 +75,7 @@ def naive(implementation: str, window: int) -> Callable:
     return run
 
 
-def mha(implementation: str) -> Callable:
+def mha(implementation: Literal["xla", "cudnn"]) -> Callable:
     def run(q, k, v, *_):
         q, k = (apply_rope(x, theta=ROPE_THETA) for x in (q, k))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)

@@ -38,7 +38,7 @@ TOPOLOGIES = {
     "v5p": {"topology_name": "v5p:2x2x1"},
     "v6e": {"topology_name": "v6e:2x2"},
 }
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "chip", "P", "window", "pass", "block", "parts", "vmem_estimated_mib", "vmem_mib", "vmem_of_chip_mib",
     "temporaries_mib", "output_mib", "compile_seconds", "refused", "jax", "libtpu", "date",
 )  # fmt: skip
