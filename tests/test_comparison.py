@@ -241,6 +241,8 @@ def test_arms_share_data_order_and_initial_weights(tmp_path):
     assert not np.array_equal(mha["['embedding']"], starts["mha", 1]["['embedding']"])
 
     class Numbered:  # rows that are their own index, so that a batch is the ids of its examples
+        is_local = True
+
         def __len__(self):
             return 37
 
