@@ -71,4 +71,6 @@ def get_config(arm: str = "iha") -> ConfigDict:
     training.eval_rows = 512
     training.eval_batch_size = 128
     training.checkpoint_every = 1000
+
+    config.mesh.data, config.mesh.fsdp = 1, -1  # weights and optimizer, 28 GB in float32, over all devices
     return config
