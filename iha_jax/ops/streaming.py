@@ -110,8 +110,8 @@ def _multiply_heads(weights_zS: Array, x_bSCd: Array) -> Array:
 
 
 def chunk_tokens(N: int, P: int, window: int | None) -> int:
-    """The rule: windowed, half as many tokens as the window (scores computed are then 1.5 times those seen, keys are mixed
-    three times), but at least `VIRTUAL_QUERIES / P`; unwindowed, `VIRTUAL_KEYS_GLOBAL / P`; never more than there are."""
+    """The rule. Windowed: half as many tokens as the window (then scores are 1.5 times those seen, and keys are
+    mixed three times), but at least `VIRTUAL_QUERIES / P`. Unwindowed: `VIRTUAL_KEYS_GLOBAL / P`. Never more than N."""
     if window is None:
         return min(N, max(1, VIRTUAL_KEYS_GLOBAL // P))
     return min(N, max(-(-window // 2), VIRTUAL_QUERIES // P, 1))
