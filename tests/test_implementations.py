@@ -88,7 +88,7 @@ def test_a_kernel_the_compiler_cannot_partition_is_not_automatic_on_several_devi
             found.append(chosen())
             return x
 
-        mesh = jax.sharding.AbstractMesh((4,), ("data",))
+        mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         spread = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
         jax.eval_shape(spread, jax.ShapeDtypeStruct((8,), jnp.float32))
         assert found == ["splash"]
