@@ -1,5 +1,13 @@
-"""Checkpoints through Orbax: saved in the background, kept by policy, compared name by name before they are read."""
+"""Checkpoints through Orbax: saved in the background, fingerprinted, compared name by name and bit by bit when read.
 
+A checkpoint is `directory/<step>/` with `state/` (arrays), `metadata/` (JSON: format, fingerprints, what the run wants to
+remember, and a digest of it all) and `manifest.json`, written last: without it a checkpoint is not finished. The truth
+about which steps exist is the directory, never anyone's memory.
+"""
+
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -7,9 +15,30 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from iha_jax.training.fingerprint import inspect
+from iha_jax.training.manifest import FILE as MANIFEST
+from iha_jax.training.manifest import LARGEST_JSON, damage, write_manifest
+
+FORMAT = 2
+QUARANTINE = "quarantine"
+_FORMAT_1 = frozenset({"tokens", "seconds", "corpus_digest", "tokenizer_digest", "rows_digest"})
+_READ_AT_ONCE = 2**28  # elements of a state read back together when a checkpoint is verified
+
 
 class CheckpointMismatch(ValueError):  # noqa: N818  a mismatch is what it is
     """A checkpoint does not hold what is asked of it. The message lists every difference by name."""
+
+
+class CheckpointCorrupt(RuntimeError):  # noqa: N818  corrupt is what it is
+    """A checkpoint is not what was saved, or was never finished. The message says where."""
+
+
+class StateNotFinite(RuntimeError):  # noqa: N818  it says what the state is
+    """A state with NaN or infinity, which is never saved."""
+
+
+class SaveFailed(RuntimeError):  # noqa: N818  that is what happened
+    """A checkpoint could not be written."""
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -26,102 +55,223 @@ def _entry(entry: Any) -> str:
 
 
 class Checkpointer:
-    """The checkpoints of one run directory: `directory/<step>/`.
+    """The checkpoints of one run directory. A state is stored as a flat dictionary from names to arrays."""
 
-    A state is stored as a flat dictionary from names to arrays. `keep` is how many of the newest steps stay (None:
-    all, for reading).
-    """
-
-    def __init__(self, directory: epath.PathLike, *, keep: int | None):
+    def __init__(self, directory: epath.PathLike, *, writable: bool):
         self._directory = epath.Path(directory)
+        self._writable = writable
+        self._manager = self._open()
+        self._saving: int | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            cleanup_tmp_directories=keep is not None,
+            max_to_keep=None,  # what is deleted is decided by `retention.py`, from the directory
+            cleanup_tmp_directories=self._writable,
             enable_async_checkpointing=True,
-            create=keep is not None,
+            create=self._writable,
         )
-        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+        return ocp.CheckpointManager(self._directory.resolve(), options=options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._manager.close()
+
+    def path(self, step: int) -> epath.Path:
+        return self._directory / str(step)
 
     def steps(self) -> list[int]:
-        """The steps on disk, as the directory lists them."""
+        """The steps on disk, as the directory lists them; the one being saved is not among them before `confirm`."""
         if not self._directory.exists():
             return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        found = (int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        return sorted(step for step in found if step != self._saving)
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any]) -> None:
-        """Starts saving `state` and a JSON of `metadata`; returns once the arrays are copied. A step that is on disk
-        already is left alone. A failure of the previous save surfaces here or in `wait`."""
-        if step in self.steps():
-            return
+        """Starts saving `state` and a JSON of `metadata`; returns once the arrays are copied.
+
+        Raises:
+          StateNotFinite: naming the arrays that hold NaN or infinity; nothing is written.
+          SaveFailed: when it is known already that this cannot be written.
+        """
+        named = _named(state)
+        prints, not_finite = inspect(named)
+        if not_finite:
+            raise StateNotFinite(f"step {step} has NaN or infinity in {', '.join(not_finite)}: not saved")
+        content = {"format": FORMAT, "fingerprints": prints, "run": dict(metadata)}
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_named(state)), metadata=ocp.args.JsonSave(dict(metadata))
+            state=ocp.args.StandardSave(named), metadata=ocp.args.JsonSave(content | {"sha256": _digest(content)})
         )
+        self._saving = step
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            raise RuntimeError(f"saving a checkpoint into {self._directory} failed: {error}") from error
+            self._give_up(error)
 
-    def wait(self) -> None:
-        """Returns when the last save is on disk. Raises RuntimeError when it failed."""
+    def saving(self) -> bool:
+        """Whether a save has begun and its writing goes on."""
+        return self._saving is not None and self._manager.is_saving_in_progress()
+
+    def confirm(self) -> int | None:
+        """Waits for the save that has begun, and finishes it with its manifest. Returns its step, None if there is none.
+
+        Raises:
+          SaveFailed: nothing of the failed save is left, and the next one starts afresh.
+        """
+        step = self._saving
+        if step is None:
+            return None
         try:
             self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                write_manifest(self.path(step))
         except Exception as error:
-            raise RuntimeError(f"saving a checkpoint into {self._directory} failed: {error}") from error
+            self._give_up(error)
+        self._saving = None
+        return step
 
-    def close(self) -> None:
+    def _give_up(self, error: Exception) -> None:
+        """After a failure the manager's memory is wrong (it lists steps that are not there): a new one is opened."""
+        step, self._saving = self._saving, None
+        try:
+            free = f"{shutil.disk_usage(self._directory).free / 2**20:,.0f} MiB are free there"
+        except OSError:
+            free = "its free space is unknown"
+        if jax.process_index() == 0 and self.path(step or 0).exists():
+            self.path(step or 0).rmtree()
         self._manager.close()
+        self._manager = self._open()  # removes what the failed save has left
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {cause}") from error
 
     def restore(self, abstract_state: Any, step: int) -> Any:
-        """The state of `step`, shaped, typed and sharded as `abstract_state` says.
+        """The state of `step`, shaped, typed and sharded as `abstract_state` says, every array equal to what was saved.
 
         Raises:
           ValueError: when there is no such step.
           CheckpointMismatch: when a name, shape or dtype differs; before any array is read.
+          CheckpointCorrupt: when files or arrays are not those that were saved.
         """
         wanted = _named(abstract_state)
-        self._compare(wanted, self._stored(step), step)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored["state"][name] for name in wanted])
+        expected = self._check(wanted, step, "")
+        restored = self._read(wanted, step)
+        self._compare_prints(restored, expected, step)
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in wanted])
 
     def restore_parameters(self, abstract_parameters: Any, step: int) -> Any:
         """Only the parameters of `step`; raises as `restore` does."""
         prefix = "parameters/"
         wanted = {prefix + name: leaf for name, leaf in _named(abstract_parameters).items()}
-        stored = self._stored(step)
-        self._compare(wanted, {name: leaf for name, leaf in stored.items() if name.startswith(prefix)}, step)
-        arguments = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(self._directory.resolve() / str(step) / "state", args=arguments)
+        expected = self._check(wanted, step, prefix)
+        restored = self._read(wanted, step)
+        self._compare_prints(restored, expected, step)
         leaves = [restored[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_parameters), leaves)
 
+    def verify(self, abstract_state: Any, step: int) -> None:
+        """Reads `step` back, some arrays at a time, and raises as `restore` does unless it is what was saved."""
+        wanted = _named(abstract_state)
+        expected = self._check(wanted, step, "")
+        names = list(wanted)
+        while names:
+            some, size = {}, 0
+            while names and (not some or size + wanted[names[0]].size <= _READ_AT_ONCE):
+                some[names[0]] = wanted[names[0]]
+                size += wanted[names.pop(0)].size
+            self._compare_prints(self._read(some, step), expected, step)
+
+    def quarantine(self, step: int, reason: str) -> epath.Path:
+        """Moves a checkpoint, whole, out of the way into `quarantine/` beside the checkpoints, with the reason."""
+        folder = self._directory.parent / QUARANTINE
+        number = 1
+        while (target := folder / f"{step}-{number}").exists():
+            number += 1
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path(step).rename(target)
+            (folder / f"{target.name}.txt").write_text(reason + "\n")
+        self._manager.reload()
+        return target
+
+    def delete(self, step: int) -> None:
+        if jax.process_index() == 0:
+            self.path(step).rmtree()
+        self._manager.reload()
+
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state of `step`."""
+        """What `save` was given beside the state of `step`. Raises CheckpointCorrupt."""
         self._check_step(step)
-        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        return self._described(step)[1]
 
     def _check_step(self, step: int) -> None:
         if step not in self.steps():
             found = ", ".join(map(str, self.steps())) or "none"
             raise ValueError(f"{self._directory}: no checkpoint of step {step}; steps there: {found}")
 
-    def _stored(self, step: int) -> dict[str, Any]:
+    def _check(self, wanted: dict[str, Any], step: int, prefix: str) -> dict[str, int] | None:
+        """Everything that can be known before arrays are read. Returns the expected fingerprints."""
         self._check_step(step)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.metadata(self._directory.resolve() / str(step) / "state")
-        tree = getattr(found, "item_metadata", found)
-        return dict(getattr(tree, "tree", tree))
+        prints, _ = self._described(step)
+        stored = {name: leaf for name, leaf in self._stored(step).items() if name.startswith(prefix)}
+        if prints is not None and (lost := {n for n in prints if n.startswith(prefix)} ^ stored.keys()):
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: the list of arrays was altered: {sorted(lost)}")
+        self._compare(wanted, stored, step)
+        return prints
+
+    def _described(self, step: int) -> tuple[dict[str, int] | None, dict[str, Any]]:
+        """(fingerprints by name, the run's metadata) of a checkpoint whose files are whole."""
+        path = self.path(step)
+        file = path / "metadata" / "metadata"
+        try:
+            if file.stat().length > LARGEST_JSON:
+                raise ValueError(f"larger than {LARGEST_JSON} bytes")
+            content = json.loads(file.read_text())
+            if not (path / MANIFEST).exists() and content.keys() == _FORMAT_1:
+                return None, content
+            if problems := damage(path, part=jax.process_index(), parts=jax.process_count()):
+                raise ValueError("; ".join(problems[:5]))
+            if content.pop("sha256") != _digest(content):
+                raise ValueError(f"{file} was altered")
+            if content["format"] != FORMAT:
+                raise CheckpointMismatch(
+                    f"checkpoint {path} has format {content['format']}; this version of iha_jax reads 1 to {FORMAT}"
+                )
+            return content["fingerprints"], content["run"]
+        except CheckpointMismatch:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointCorrupt(f"checkpoint {path}: {error}") from error
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                found = reader.metadata(self.path(step).resolve() / "state")
+            tree = getattr(found, "item_metadata", found)
+            return dict(getattr(tree, "tree", tree))
+        except Exception as error:
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its list of arrays is unreadable") from error
+
+    def _read(self, wanted: dict[str, Any], step: int) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                return reader.restore(self.path(step).resolve() / "state", args=arguments)
+        except Exception as error:
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its arrays are unreadable: {error}") from error
+
+    def _compare_prints(self, arrays: dict[str, Any], expected: dict[str, int] | None, step: int) -> None:
+        """Fingerprints are sums over all devices: every process finds the same and raises, or none does."""
+        if expected is None:
+            return
+        prints, _ = inspect(arrays)
+        if wrong := [name for name, value in prints.items() if value != expected[name]]:
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: altered since it was saved: {', '.join(wrong)}")
 
     def _compare(self, wanted: dict[str, Any], stored: dict[str, Any], step: int) -> None:
         problems = []
@@ -140,4 +290,8 @@ class Checkpointer:
                     problems.append(f"{name}: dtype {there.dtype} in the checkpoint, {here.dtype} expected")
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise CheckpointMismatch(f"checkpoint {self._directory / str(step)} does not fit:\n{listed}")
+            raise CheckpointMismatch(f"checkpoint {self.path(step)} does not fit:\n{listed}")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

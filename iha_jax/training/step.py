@@ -28,7 +28,11 @@ def make_train_step(
 
     The gradient is that of the mean loss over all counted tokens of the batch, whatever `training.accumulation` is:
     micro-batches are summed and divided by the token count of the whole batch. Metrics: `loss` (nats a token),
-    `grad_norm` before clipping, `counted_tokens`.
+    `grad_norm` before clipping, `counted_tokens`, `skipped`.
+
+    A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state stay bit for bit what
+    they were, `step` alone goes on (the data of a step depend on it), and `skipped` is True. On a mesh both numbers are
+    sums over all devices, so all skip or none does.
     """
     accumulation = config.training.accumulation
 
@@ -54,13 +58,12 @@ def make_train_step(
             zeros = jax.tree.map(jnp.zeros_like, parameters), jnp.zeros((), jnp.float32)
             (gradients, loss), _ = jax.lax.scan(add, zeros, micro)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], parameters)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients), "counted_tokens": counted}
-        new_state = {
-            "parameters": optax.apply_updates(parameters, updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        return new_state, metrics
+        updated = {"parameters": optax.apply_updates(parameters, updates), "optimizer": optimizer_state}
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, {k: state[k] for k in updated})
+        metrics = {"loss": loss, "grad_norm": norm, "counted_tokens": counted, "skipped": ~finite}
+        return kept | {"step": state["step"] + 1}, metrics
 
     return step
 

@@ -1,0 +1,86 @@
+"""When a run's checkpoints are saved, confirmed, tried again and deleted."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer, SaveFailed
+
+ATTEMPTS = 3  # saves in a row that may fail before a run ends
+
+
+class Saves:
+    """The saving side of a training loop: `after_step` once a step, `finish` once at the end.
+
+    A save is written in the background and confirmed by the first `after_step` that finds it ended: so a failure is
+    told within a step, and tried again with the state of that step. `ATTEMPTS` failures in a row raise SaveFailed.
+
+    Only a confirmed save makes older checkpoints go: `keep` of the newest stay, and the newest that was ever read back
+    and found right (`verified`), whatever its age.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpointer, *, every: int, keep: int, verified: int | None, tell: Callable[[str], None]
+    ):
+        self._checkpoints, self._every, self._keep, self._tell = checkpoints, every, keep, tell
+        self._verified = verified
+        self._failures = 0
+
+    def after_step(self, step: int, state: Any, metadata: Mapping[str, Any], *, now: bool = False) -> None:
+        """Saves at every `every`-th step, `now`, and after a failed save; otherwise looks after the one under way."""
+        due = now or step % self._every == 0
+        if due or not self._checkpoints.saving():
+            self._confirm()
+        if (due or self._failures) and step not in self._checkpoints.steps():
+            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata))
+
+    def wait(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Returns when the state of `step` is on disk, confirmed. Raises SaveFailed."""
+        while True:
+            self._confirm()
+            if step in self._checkpoints.steps():
+                return
+            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata))
+
+    def finish(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Returns when the state of `step` is on disk and was read back and found right. Raises SaveFailed."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        while True:
+            self.wait(step, state, metadata)
+            try:
+                self._checkpoints.verify(like, step)
+            except CheckpointCorrupt as error:
+                self._checkpoints.quarantine(step, str(error))
+                self._failed(SaveFailed(f"what was saved is not what is read back: {error}"))
+                continue
+            self._verified = step
+            self._delete_old()
+            return
+
+    def _confirm(self) -> None:
+        def confirm() -> None:
+            if self._checkpoints.confirm() is not None:
+                self._failures = 0
+                self._delete_old()
+
+        self._attempt(confirm)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except SaveFailed as error:
+            self._failed(error)
+
+    def _failed(self, error: SaveFailed) -> None:
+        self._failures += 1
+        if self._failures >= ATTEMPTS:
+            good = self._checkpoints.latest_step()
+            raise SaveFailed(f"{error}; failed {ATTEMPTS} times in a row, last good checkpoint: {good}") from error
+        self._tell(f"WARNING: {error}; trying again ({self._failures} of {ATTEMPTS - 1})")
+
+    def _delete_old(self) -> None:
+        steps = self._checkpoints.steps()
+        for step in steps[: -self._keep]:
+            if step != self._verified:
+                self._checkpoints.delete(step)

@@ -1,0 +1,27 @@
+"""Ending a process that hangs, with the stacks of all its threads on the terminal."""
+
+import faulthandler
+from typing import Self
+
+
+class Watchdog:
+    """While active, a process that calls neither `beat` nor leaves within `seconds` ends with exit code 1.
+
+    The clock is faulthandler's: a thread in C that needs neither the interpreter nor its lock, so it also ends a process
+    that waits inside a collective for a peer that hangs. 0 seconds: never.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def beat(self, allowance: float = 1.0) -> None:
+        """Starts the clock anew, for `allowance` times as long: compiling and saving take longer than a step."""
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._seconds * allowance, exit=True)
+
+    def __enter__(self) -> Self:
+        self.beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
