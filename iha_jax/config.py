@@ -179,6 +179,10 @@ class TrainingConfig:
     eval_batch_size: int = _positive()
     checkpoint_every: int = _positive()
     keep_checkpoints: int = _positive()
+    max_skipped_steps: int = _positive()
+    spike_threshold: float = _not_negative("no rollbacks")
+    max_rollbacks: int = _not_negative("the first spike ends the run")
+    watchdog_seconds: float = _not_negative("no watchdog")
     init_from: str
     init_from_step: int = _not_negative("the last one")
     tensorboard: bool

@@ -1,10 +1,12 @@
 """Checkpoints under attack: altered, cut off, swapped, missing and hostile files; kills and failures while saving."""
 
+import json
 import os
 import random
 import resource
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import jax
@@ -14,10 +16,21 @@ import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer, CheckpointMismatch, SaveFailed, StateNotFinite
+from iha_jax.parallel.mesh import make_mesh
+from iha_jax.training.checkpoint import (
+    CheckpointCorrupt,
+    Checkpointer,
+    CheckpointMismatch,
+    SaveFailed,
+    StateNotFinite,
+    _digest,
+)
 from iha_jax.training.fingerprint import inspect
 from iha_jax.training.manifest import write_manifest
+from iha_jax.training.optimizer import make_optimizer
+from iha_jax.training.run_directory import load_run_config
 from iha_jax.training.saves import Saves
+from iha_jax.training.state import abstract_state
 
 
 def state(seed=0):
@@ -253,3 +266,28 @@ def corrupt_array_data(path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(bytes(content))
+
+
+def test_a_checkpoint_of_format_1_loads(tmp_path):
+    """A run of version 0.1, before fingerprints: 4 steps of `tests.tiny.tiny` with 3 layers."""
+    with tarfile.open(Path(__file__).parent / "golden" / "format_1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    config = load_run_config(str(tmp_path))
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    with Checkpointer(tmp_path / "checkpoints", writable=False) as checkpoints:
+        restored = checkpoints.restore(abstract_state(config, optimizer, make_mesh(config.mesh)), 4)
+        assert checkpoints.metadata(4)["tokens"] == 368
+    prints = inspect({"/".join(map(str, path)): x for path, x in jax.tree_util.tree_leaves_with_path(restored)})[0]
+    assert (len(prints), sum(prints.values()) % 2**32) == (105, 1569803480)
+
+
+def test_a_checkpoint_of_a_later_format_names_what_can_read_it(copy):
+    file = copy / "2" / "metadata" / "metadata"
+    content = json.loads(file.read_text()) | {"format": 3}
+    content["sha256"] = _digest({name: value for name, value in content.items() if name != "sha256"})
+    file.write_text(json.dumps(content))
+    (copy / "2" / "manifest.json").unlink()
+    write_manifest(epath.Path(copy / "2"))
+    with Checkpointer(copy, writable=False) as checkpoints:
+        with pytest.raises(CheckpointMismatch, match="has format 3; this version of iha_jax reads 1 to 2"):
+            checkpoints.restore(like(state()), 2)

@@ -1,8 +1,8 @@
 """Checkpoints through Orbax: saved in the background, fingerprinted, compared name by name and bit by bit when read.
 
-A checkpoint is `directory/<step>/` with `state/` (arrays), `metadata/` (JSON: format, fingerprints, what the run wants to
-remember, and a digest of it all) and `manifest.json`, written last: without it a checkpoint is not finished. The truth
-about which steps exist is the directory, never anyone's memory.
+A checkpoint is `directory/<step>/` with `state/` (arrays), `metadata/` (JSON: format, fingerprints, what the run wants
+to remember, and a digest of it all) and `manifest.json`, written last: without it a checkpoint is not finished. The
+truth about which steps exist is the directory, never anyone's memory.
 """
 
 import hashlib
@@ -117,7 +117,7 @@ class Checkpointer:
         return self._saving is not None and self._manager.is_saving_in_progress()
 
     def confirm(self) -> int | None:
-        """Waits for the save that has begun, and finishes it with its manifest. Returns its step, None if there is none.
+        """Waits for the save that has begun and finishes it with its manifest. Returns its step, or None.
 
         Raises:
           SaveFailed: nothing of the failed save is left, and the next one starts afresh.

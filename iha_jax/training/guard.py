@@ -13,7 +13,7 @@ class TrainingDiverged(RuntimeError):  # noqa: N818  it is what happened
 
 
 class Guard:
-    """Reads the `skipped` flag of every step, a little behind; `limit` skipped steps in a row raise TrainingDiverged."""
+    """Reads the `skipped` flag of every step, a little behind; `limit` of them in a row raise TrainingDiverged."""
 
     def __init__(self, limit: int, total: int = 0):
         self._limit = limit

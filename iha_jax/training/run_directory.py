@@ -26,11 +26,18 @@ FREE = frozenset(
         "training.wandb_project",
         "training.keep_checkpoints",
         "training.log_every",
+        "training.max_skipped_steps",
+        "training.max_rollbacks",
+        "training.watchdog_seconds",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
     }
 )
+# Fields younger than the first release, with what an older run did.
+_YOUNGER: dict[str, dict[str, Any]] = {
+    "training": {"max_skipped_steps": 10, "spike_threshold": 0.0, "max_rollbacks": 3, "watchdog_seconds": 1800.0},
+}
 _PACKAGES = ("iha_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets")
 
 
@@ -120,9 +127,16 @@ def load_run_config(workdir: str) -> Config:
     if not path.exists():
         raise RunDirectoryError(f"{workdir}: is not a run directory (no {CONFIG})")
     try:
-        return resolve(json.loads(path.read_text()))
+        return resolve(_with_younger_fields(json.loads(path.read_text())))
     except (ConfigError, json.JSONDecodeError) as error:
         raise RunDirectoryError(f"{path}: {error}") from error
+
+
+def _with_younger_fields(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    sections = {name: values[name] for name in _YOUNGER if isinstance(values.get(name), dict)}
+    return values | {name: _YOUNGER[name] | section for name, section in sections.items()}
 
 
 def _write(path: epath.Path, values: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Self
 class Watchdog:
     """While active, a process that calls neither `beat` nor leaves within `seconds` ends with exit code 1.
 
-    The clock is faulthandler's: a thread in C that needs neither the interpreter nor its lock, so it also ends a process
-    that waits inside a collective for a peer that hangs. 0 seconds: never.
+    The clock is faulthandler's: a thread in C that needs neither the interpreter nor its lock, so it also ends a
+    process that waits inside a collective for a peer that hangs. 0 seconds: never.
     """
 
     def __init__(self, seconds: float):
