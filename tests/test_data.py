@@ -59,8 +59,8 @@ def test_a_stream_that_ends_with_a_row_makes_no_empty_one(whole):
 
 
 def test_row_integers_are_as_small_as_they_may_be():
-    assert row_dtype(2**16, 5).itemsize == 6 * 4
-    assert row_dtype(2**16 + 1, 5).itemsize == 6 * 6
+    assert row_dtype(2**16, 5).itemsize == 6 * 4 + 4
+    assert row_dtype(2**16 + 1, 5).itemsize == 6 * 6 + 4
     assert row_dtype(257, 2**16 - 2)["segment_ids"].base == np.uint16
     assert row_dtype(257, 2**16 - 1)["segment_ids"].base == np.uint32
 
@@ -174,6 +174,15 @@ def test_altered_rows_are_refused_by_name(prepared, tmp_path):
     file.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"rows-00000.bin has \d+ bytes, expected \d+"):
         rows_of(prepared, tmp_path)
+    itemsize, rng = row_dtype(257, 23).itemsize, np.random.default_rng(0)
+    for _ in range(20):
+        flipped, at = bytearray(whole), int(rng.integers(len(whole)))
+        flipped[at] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(flipped))
+        altered = rows_of(prepared, tmp_path)
+        with pytest.raises(ValueError, match=rf"rows-00000.bin: row {at // itemsize} was altered"):
+            altered[at // itemsize]
+        assert altered[at // itemsize - 1]["tokens"].max() < 257  # others are read
     file.unlink()
     with pytest.raises(ValueError, match=r"rows-00000.bin has None bytes"):
         rows_of(prepared, tmp_path)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from iha_jax.data.storage import tidy, write_text, writing
 from iha_jax.data.text import TextSource, is_text, open_text_source
 from iha_jax.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 2
+FORMAT = 3  # how rows lie in their files
+_CONTENT = 2  # which rows a corpus gives: part of their digest, so that runs go on when only the files change
 METADATA, PARTS = "rows.json", ".parts"
 MIN_SHARD_DOCUMENTS, MAX_SHARDS = 1024, 4096
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 24  # tokenized in one call
@@ -35,11 +37,18 @@ def shard_name(index: int) -> str:
 
 
 def row_dtype(vocab_size: int, context_length: int) -> np.dtype:
-    """A row on disk: N + 1 token ids, then N + 1 segment ids, in the smallest unsigned integers that hold them."""
+    """A row on disk: N + 1 token ids, then N + 1 segment ids, in the smallest unsigned integers that hold them, then
+    their checksum."""
     length = context_length + 1
     tokens = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     segments = np.uint16 if length < 1 << 16 else np.uint32
-    return np.dtype([("tokens", tokens, (length,)), ("segment_ids", segments, (length,))])
+    return np.dtype([("tokens", tokens, (length,)), ("segment_ids", segments, (length,)), ("crc32", np.uint32)])
+
+
+def checksums(rows: np.ndarray) -> list[int]:
+    """CRC-32 of the tokens and segment ids of each row (records of `row_dtype`) as they lie on disk."""
+    content = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)[:, :-4]
+    return [zlib.crc32(row) for row in content]
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def _metadata(results: list[Facts], reader: Reader, tokenizer: Tokenizer, contex
             file=sys.stderr,
         )
     corpus_digest = hashlib.sha256("".join(facts["digest"] for facts in results).encode()).hexdigest()
-    rows_key = f"{FORMAT}:{corpus_digest}:{tokenizer.digest}:{context_length}"
+    rows_key = f"{_CONTENT}:{corpus_digest}:{tokenizer.digest}:{context_length}"
     return {
         "format": FORMAT,
         "digest": hashlib.sha256(rows_key.encode()).hexdigest(),
@@ -159,6 +168,7 @@ def _pack_shard(
 
     with writing(directory / shard_name(index)) as path, open(path, "wb") as file:
         for rows in cut_rows(_tokenized(texts(), tokenizer, facts), dtype):
+            rows["crc32"] = checksums(rows)
             file.write(rows.tobytes())
             facts["rows"] += len(rows)
     return facts | {"digest": digest.hexdigest()}

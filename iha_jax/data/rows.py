@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from iha_jax.data.packing import FORMAT, METADATA, Reader, pack, row_dtype, shard_name
+from iha_jax.data.packing import FORMAT, METADATA, Reader, checksums, pack, row_dtype, shard_name
 from iha_jax.data.storage import files_in, is_local, read_range
 from iha_jax.data.text import default_cache, open_text_source
 from iha_jax.data.tokenizers import Tokenizer
 
 
 class Rows:
-    """Random access to packed rows. `rows[i]` is `{"tokens": int32 [N + 1], "segment_ids": int32 [N + 1]}`."""
+    """Random access to packed rows. `rows[i]` is `{"tokens": int32 [N + 1], "segment_ids": int32 [N + 1]}`.
+
+    Reading a row raises ValueError, naming file and row, when it is not what was written: a token id outside the
+    vocabulary never reaches a model.
+    """
 
     def __init__(self, directory: epath.Path, metadata: dict[str, Any]):
         self._directory, self._metadata = directory, metadata
@@ -42,17 +46,24 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = range(len(self))[int(index)]
         shard = bisect.bisect_right(self._ends, index)
-        row = self._row(shard, index - (self._ends[shard - 1] if shard else 0))
+        at = index - (self._ends[shard - 1] if shard else 0)
+        (row,) = records = self._record(shard, at)
+        if checksums(records) != [row["crc32"]]:
+            raise ValueError(
+                f"{self._directory / shard_name(shard)}: row {at} was altered since it was written. Delete the "
+                f"directory to pack again"
+            )
         return {name: row[name].astype(np.int32) for name in ("tokens", "segment_ids")}
 
-    def _row(self, shard: int, index: int) -> np.ndarray:
+    def _record(self, shard: int, index: int) -> np.ndarray:
+        """An array of one record."""
         path = self._directory / shard_name(shard)
         if not self.is_local:
             size = self._dtype.itemsize
-            return np.frombuffer(read_range(path, index * size, (index + 1) * size), self._dtype)[0]
+            return np.frombuffer(read_range(path, index * size, (index + 1) * size), self._dtype)
         if shard not in self._maps:  # opened where it is used: each loader process has its own
             self._maps[shard] = np.memmap(path, self._dtype, mode="r")
-        return self._maps[shard][index]
+        return self._maps[shard][index : index + 1]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
