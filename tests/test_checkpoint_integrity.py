@@ -288,6 +288,6 @@ def test_a_checkpoint_of_a_later_format_names_what_can_read_it(copy):
     file.write_text(json.dumps(content))
     (copy / "2" / "manifest.json").unlink()
     write_manifest(epath.Path(copy / "2"))
-    with Checkpointer(copy, writable=False) as checkpoints:
-        with pytest.raises(CheckpointMismatch, match="has format 3; this version of iha_jax reads 1 to 2"):
-            checkpoints.restore(like(state()), 2)
+    message = "has format 3; this version of iha_jax reads 1 to 2"
+    with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointMismatch, match=message):
+        checkpoints.restore(like(state()), 2)
