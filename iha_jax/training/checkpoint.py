@@ -7,6 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from iha_jax.parallel.processes import of_first
+
 
 class CheckpointMismatch(ValueError):  # noqa: N818  a mismatch is what it is
     """A checkpoint does not hold what is asked of it. The message lists every difference by name."""
@@ -39,6 +41,7 @@ class Checkpointer:
             cleanup_tmp_directories=keep is not None,
             enable_async_checkpointing=True,
             create=keep is not None,
+            save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
         self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
 
@@ -56,6 +59,17 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
+
+    def common_step(self) -> int | None:
+        """The newest step as process 0 finds it. Every process calls this, and must find that step too.
+
+        Raises:
+          ValueError: in a process that does not: its directory is another one.
+        """
+        newest = of_first(self.latest_step())
+        if newest is not None:
+            self._check_step(newest)
+        return newest
 
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any]) -> None:
         """Starts saving `state` and a JSON of `metadata`; returns once the arrays are copied. A step that is on disk

@@ -29,6 +29,7 @@ class Meter:
         self._tokens, self._seconds = float(carried.get("tokens", 0)), float(carried.get("seconds", 0))
         self._window = (0, self._tokens, self._seconds)  # steps, tokens and seconds at the last training row
         self._steps = 0
+        self._unread: list[jax.Array] = []  # counted tokens of steps that may still be running
         self._started = time.perf_counter()
 
     def start(self) -> None:
@@ -43,19 +44,26 @@ class Meter:
         self._seconds += now - self._started
         self._started = now
 
-    def count(self, batch: dict[str, np.ndarray]) -> None:
-        self._tokens += float(batch["loss_mask"].sum())
+    def count(self, metrics: dict[str, jax.Array]) -> None:
+        """One more step. Its tokens, of the batches of all processes, are read when they are first needed."""
+        self._unread.append(metrics["counted_tokens"])
         self._steps += 1
+
+    def _read_counts(self) -> None:
+        self._tokens += sum(float(tokens) for tokens in jax.device_get(self._unread))
+        self._unread = []
 
     @property
     def totals(self) -> dict[str, float]:
-        """What a checkpoint carries, so that a resumed run goes on counting."""
+        """What a checkpoint carries, so that a resumed run goes on counting. Waits for the last step."""
+        self._read_counts()
         return {"tokens": self._tokens, "seconds": self._seconds}
 
     def training_row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
         """One `train` row: loss of this step, throughput since the last row. Waits for the step to finish."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.stop({"step": metrics["loss"]})
+        self._read_counts()
         steps, tokens, seconds = (
             now - then for now, then in zip((self._steps, self._tokens, self._seconds), self._window, strict=True)
         )
@@ -78,6 +86,7 @@ class Meter:
         return {"step": step, "split": "val", **numbers, **costs}
 
     def _costs(self, step: int) -> dict[str, float]:
+        self._read_counts()
         return {"tokens": self._tokens, "flops": self._flops_per_step * step, "seconds": self._seconds}
 
 

@@ -40,7 +40,7 @@ def starting_state(
 
     A new state is `initial_state`, its parameters replaced by `training.init_from`'s where that is set.
     """
-    step = checkpoints.latest_step()
+    step = checkpoints.common_step()
     if step is not None:
         return checkpoints.restore(abstract_state(config, optimizer, mesh), step), checkpoints.metadata(step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
@@ -48,7 +48,7 @@ def starting_state(
     if config.training.init_from:
         source_config, source = _load_source(config, mesh)
         parameters = warm_start(state["parameters"], config.model, source, source_config.model)
-        state["parameters"] = jax.device_put(parameters, shardings["parameters"])
+        state["parameters"] = jax.jit(lambda x: x, out_shardings=shardings["parameters"])(parameters)
     return state, {}
 
 
@@ -70,7 +70,9 @@ def _load_source(config: Config, mesh: Mesh) -> tuple[Config, Any]:
     source_config = load_run_config(config.training.init_from)
     like = abstract_parameters_on(source_config, mesh)
     with _source_checkpoints(config) as checkpoints:
-        return source_config, checkpoints.restore_parameters(like, _source_step(config, checkpoints))
+        step = config.training.init_from_step or checkpoints.common_step()
+        assert step is not None, "check_source found one"
+        return source_config, checkpoints.restore_parameters(like, step)
 
 
 def _source_checkpoints(config: Config) -> Checkpointer:
