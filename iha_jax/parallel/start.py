@@ -57,14 +57,18 @@ def start_processes(flags: argparse.Namespace) -> None:
     place = place_from_flags(flags)
     if place is None and not flags.single_process:
         place = detected_place(flags.initialization_timeout)
-    if place is None or place.process_count == 1:
-        return
+    if place is not None and place.process_count > 1:
+        connect(place, flags.initialization_timeout)
+
+
+def connect(place: Place, timeout: int) -> None:
+    """Joins the others as `place` says, or ends the process with a message and exit code 1 after `timeout` seconds."""
     import jax
 
     from iha_jax.parallel.processes import begin
 
     # JAX ends the process by itself when it cannot connect, and its message names no address.
-    timer = threading.Timer(flags.initialization_timeout, _give_up, [place, flags.initialization_timeout])
+    timer = threading.Timer(timeout, _give_up, [place, timeout])
     timer.daemon = True
     timer.start()
     try:
@@ -74,7 +78,7 @@ def start_processes(flags: argparse.Namespace) -> None:
             place.process_index,
             local_device_ids=place.local_device_ids,
             cluster_detection_method="deactivate",
-            initialization_timeout=flags.initialization_timeout + 60,
+            initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
