@@ -4,13 +4,17 @@ import argparse
 import json
 import shutil
 import signal
+import socket
 import sys
 
 import numpy as np
 import pytest
 
+from iha_jax.config import ConfigError
 from iha_jax.parallel import start
+from iha_jax.parallel.mesh import axis_sizes
 from tests.several import Processes, free_port, prepare_texts, run, train_command
+from tests.tiny import tiny
 
 
 def flags(*given):
@@ -72,6 +76,11 @@ def test_a_cluster_that_says_too_little_is_refused(monkeypatch):
         start.detected_place(timeout=1)
 
 
+def test_a_mesh_of_another_size_names_the_processes():
+    with pytest.raises(ConfigError, match=r"data 8 \* fsdp 2.*must be the 8 devices of 4 processes"):
+        axis_sizes(tiny(mesh__data=8, mesh__fsdp=2).mesh, 8, processes=4)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return prepare_texts(tmp_path_factory.mktemp("data"))
@@ -83,6 +92,13 @@ def test_an_unreachable_coordinator_is_named(data, tmp_path):
     (code,), (text,) = run([*train_command(tmp_path / "run", data), *place], 1, output=tmp_path)
     assert code == 1
     assert f"process 1 of 2 gave up after 2 s: coordinator {address}: nothing listens there" in text
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("", 0)) as taken:
+        place = start.Place(f"localhost:{taken.getsockname()[1]}", 2, 0)
+        with pytest.raises(ValueError, match=f"port {taken.getsockname()[1]} of this host cannot be used"):
+            start.connect(place, timeout=9)
 
 
 def test_a_process_with_another_config_ends_all_of_them(data, tmp_path):

@@ -62,11 +62,17 @@ def start_processes(flags: argparse.Namespace) -> None:
 
 
 def connect(place: Place, timeout: int) -> None:
-    """Joins the others as `place` says, or ends the process with a message and exit code 1 after `timeout` seconds."""
+    """Joins the others as `place` says, or ends the process with a message and exit code 1 after `timeout` seconds.
+
+    Raises:
+      ValueError: in process 0, when the port is taken.
+    """
     import jax
 
     from iha_jax.parallel.processes import begin
 
+    if place.process_index == 0:
+        _check_port(place.coordinator_address)
     # JAX ends the process by itself when it cannot connect, and its message names no address.
     timer = threading.Timer(timeout, _give_up, [place, timeout])
     timer.daemon = True
@@ -149,6 +155,16 @@ def _owns_machine(local_index: int | None) -> bool:
     said = os.environ.get
     alone = said("SLURM_STEP_NUM_NODES", "") == said("SLURM_NTASKS") or said("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
     return local_index is None or alone or said("JAX_LOCAL_DEVICE_IDS") is not None  # jax reads the last by itself
+
+
+def _check_port(address: str) -> None:
+    """JAX, which listens on all of this host's addresses, crashes without a word when the port is taken."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        raise ValueError(f"coordinator {address}: port {port} of this host cannot be used: {error}") from error
 
 
 def _give_up(place: Place, seconds: int, end: Callable[[int], Any] = os._exit) -> None:
