@@ -255,9 +255,8 @@ def test_order_is_a_function_of_seed_and_step_alone():
     assert whole != ids(batches(seed=6), 12)
     for start in (1, 7, 11):
         assert ids(batches(start_step=start), 12 - start) == whole[start:]
-    for processes in (2, 3):
-        parts = [ids(batches(process_index=p, process_count=processes, start_step=4), 5) for p in range(processes)]
-        assert [flat(step) for step in zip(*parts, strict=True)] == whole[4:9]
+    for rows in ([0, 1, 2], [1, 5], [3]):
+        assert ids(batches(local_rows=rows, start_step=4), 5) == [[step[row] for row in rows] for step in whole[4:9]]
 
 
 def test_loader_processes_change_nothing(prepared, tmp_path):
@@ -281,10 +280,12 @@ def test_far_steps_are_reached_at_once(seed):
     assert next(batches)["inputs"].shape == (16, 3)
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    for size, processes in ((5, 2), (0, 1)):
-        with pytest.raises(ValueError, match=f"batch_size = {size}"):
-            train_batches([Numbers(3)], [1], seed=0, batch_size=size, start_step=0, process_count=processes)
+def test_an_empty_batch_and_rows_that_are_not_of_it_are_refused():
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        train_batches([Numbers(3)], [1], seed=0, batch_size=0, start_step=0)
+    for rows in ([], [-1], [0, 5]):
+        with pytest.raises(ValueError, match="local_rows"):
+            train_batches([Numbers(3)], [1], seed=0, batch_size=5, start_step=0, local_rows=rows)
     with pytest.raises(ValueError, match="no rows"):
         train_batches([Numbers(3), Numbers(0)], [1, 1], seed=0, batch_size=2, start_step=0)
 
@@ -307,6 +308,8 @@ def test_validation_rows_are_the_same_and_spread(prepared, tmp_path):
     rows = rows_of(prepared, tmp_path)
     first, second = (list(validation_batches(rows, batch_size=4, num_rows=7)) for _ in range(2))
     np.testing.assert_equal(first, second)
+    some = list(validation_batches(rows, batch_size=4, num_rows=7, local_rows=[1, 3]))  # row 3 of the second is padding
+    np.testing.assert_equal(some, [{name: x[[1, 3]] for name, x in batch.items()} for batch in first])
     found = np.concatenate([batch["inputs"] for batch in first])
     chosen = [i * len(rows) // 7 for i in range(7)]
     np.testing.assert_array_equal(found[:7], [rows[i]["tokens"][:-1] for i in chosen])

@@ -16,7 +16,7 @@ from iha_jax.training.spikes import (
     batches_without_gaps,
     data_step,
     read_rollbacks,
-    record_rollback,
+    roll_back,
 )
 from iha_jax.training.time_account import CATEGORIES, COMPILE, PRODUCTIVE, SAVE, TimeAccount
 
@@ -46,9 +46,10 @@ def test_a_spike_is_a_loss_far_above_the_median_and_never_nan():
 
 def test_rollbacks_leave_out_data_and_a_restart_anywhere_sees_the_same(tmp_path):
     run = epath.Path(tmp_path)
-    record_rollback(run, spike=25, restored=20)
-    record_rollback(run, spike=47, restored=40)
-    record_rollback(run, spike=42, restored=40)
+    for spike, restored in ((25, 20), (47, 40), (42, 40)):
+        roll_back(run, LossSpike(spike, 9.0, 3.0), restored, limit=3)
+    with pytest.raises(LossSpike, match=r"loss 9\.0000 at step 50"):
+        roll_back(run, LossSpike(50, 9.0, 3.0), 40, limit=3)
     rollbacks = read_rollbacks(run)
     #           steps 1..20: data 0..19    21..40: 25..44      41...: 45 + 7 + 2 = 54...
     expected = [*range(20), *range(25, 45), *range(54, 70)]
@@ -90,11 +91,11 @@ def test_a_hung_process_ends_and_shows_where():
 
 def test_wall_time_adds_up_over_attempts_and_what_a_kill_lost_is_told(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("iha_jax.training.time_account.time.time", lambda: now[0])
-    monkeypatch.setattr("iha_jax.training.time_account._process_start", lambda: now[0])
+    monkeypatch.setattr("iha_jax.training.time_account.time.monotonic", lambda: now[0])
     run = epath.Path(tmp_path)
 
-    first = TimeAccount(run, {})
+    first = TimeAccount(run, now[0])
+    first.carry({})
     now[0] += 5
     first.enter(COMPILE)
     now[0] += 7
@@ -105,12 +106,13 @@ def test_wall_time_adds_up_over_attempts_and_what_a_kill_lost_is_told(tmp_path, 
     first._write()
 
     now[0] += 1000  # nothing ran
-    with TimeAccount(run, saved) as second:
-        now[0] += 3
-        second.enter(SAVE)
-        now[0] += 2
-        totals = second.totals
+    second = TimeAccount(run, now[0])
+    now[0] += 3
+    second.carry(saved)
+    second.enter(SAVE)
+    now[0] += 2
+    second._write()
     expected = {"start": 5 + 3, "compile": 7, "productive": 20, "lost": 11, "save": 2}
-    assert totals == {f"{name}_seconds": expected.get(name, 0) for name in CATEGORIES}
+    assert second.totals == {f"{name}_seconds": expected.get(name, 0) for name in CATEGORIES}
     assert json.loads((tmp_path / "wall_time.json").read_text())["seconds"] == sum(expected.values())
     assert "lost 23%" in second.summary()

@@ -6,6 +6,7 @@ one object, and a set of files counts as complete when its metadata file, writte
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-SCRATCH = ".incomplete"  # half-written files of a local directory, under their process's id
+SCRATCH = ".incomplete"  # half-written files of a local directory, under their host's name and process's id
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -34,7 +35,7 @@ def writing(path: epath.Path) -> Iterator[str]:
             yield os.fspath(scratch)
             scratch.copy(path, overwrite=True)
         return
-    scratch = path.parent / SCRATCH / f"{path.name}.{os.getpid()}"
+    scratch = path.parent / SCRATCH / f"{path.name}.{socket.gethostname()}.{os.getpid()}"  # disks may be shared
     scratch.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield os.fspath(scratch)

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from iha_jax.parallel.start import add_process_flags, common_flags, start_processes
 
 REFUSED = 2
 
@@ -21,20 +24,27 @@ class Restored:
 
 
 def restore(workdir: str, step: int | None) -> Restored:
-    """Raises ValueError for a directory that is no run, a step it does not have, or parameters that do not fit."""
+    """Raises ValueError, in every process when in one, for a directory that is no run, a step it does not have, or
+    parameters that do not fit."""
     from etils import epath
 
     from iha_jax.parallel.mesh import mesh_for_evaluation
+    from iha_jax.parallel.processes import agree
     from iha_jax.training.checkpoint import Checkpointer
-    from iha_jax.training.run_directory import load_run_config
+    from iha_jax.training.run_directory import common_facts, load_run_config
     from iha_jax.training.state import abstract_parameters_on
 
-    config = load_run_config(workdir)
+    config = agree(lambda: load_run_config(workdir), lambda config: common_facts(config, workdir))
     mesh = mesh_for_evaluation(config.mesh)
-    with Checkpointer(epath.Path(workdir) / "checkpoints", keep=None) as checkpoints:
-        found = step if step is not None else checkpoints.latest_step()
-        if found is None:
-            raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")
+    with Checkpointer(epath.Path(workdir) / "checkpoints", writable=False) as checkpoints:
+
+        def choose() -> int:
+            found = step if step is not None else checkpoints.latest_step()
+            if found is None:
+                raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")
+            return found
+
+        found = agree(choose, lambda found: {f"step of --workdir={workdir}": found})
         return Restored(
             config, checkpoints.restore_parameters(abstract_parameters_on(config, mesh), found), found, mesh
         )
@@ -44,19 +54,26 @@ def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
     """Validation loss (nats a token) and bits per byte on the rows the training run was validated on."""
     import jax
 
-    from iha_jax.data.batches import validation_batches
     from iha_jax.data.corpus import open_tokenizer, open_validation_rows
     from iha_jax.evaluation.perplexity import evaluate
     from iha_jax.parallel.mesh import check_batch_sizes
+    from iha_jax.parallel.processes import in_turns
     from iha_jax.training.step import make_eval_step
 
     config = run.config
     check_batch_sizes(config, run.mesh)
     tokenizer = open_tokenizer(config)
-    rows = open_validation_rows(config, tokenizer)
+    rows = in_turns(lambda: open_validation_rows(config, tokenizer), lambda rows: {"digest of the rows": rows.digest})
     count = config.training.eval_rows if flags.eval_rows is None else flags.eval_rows
-    batches = validation_batches(rows, batch_size=config.training.eval_batch_size, num_rows=count or None)
-    return evaluate(jax.jit(make_eval_step(config)), run.parameters, batches, tokenizer.byte_lengths, run.mesh)
+    return evaluate(
+        jax.jit(make_eval_step(config)),
+        run.parameters,
+        rows,
+        tokenizer.byte_lengths,
+        run.mesh,
+        batch_size=config.training.eval_batch_size,
+        num_rows=count or None,
+    )
 
 
 def sample_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
@@ -100,45 +117,58 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    add_process_flags(parser)
     return parser
 
 
-def _check_out(out: str | None) -> None:
-    """Refuses before the work is done what could not be written after it."""
+def _task_names(flags: argparse.Namespace) -> list[str]:
+    """The tasks asked for. Raises ValueError before the work is done for what could not be done or written after it."""
     from etils import epath
 
-    if out and (epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir()):
-        raise ValueError(f"--out={out}: expected a file name in a directory that exists")
+    from iha_jax.parallel.processes import is_first
+
+    names = [name for name in flags.tasks.split(",") if name]
+    if not names or any(name not in TASKS for name in names):
+        raise ValueError(f"--tasks={flags.tasks}: expected some of {', '.join(TASKS)}")
+    if flags.new_tokens < 1 or not flags.temperature >= 0:
+        raise ValueError(f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0")
+    out = epath.Path(flags.out) if flags.out and is_first() else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--out={flags.out}: expected a file name in a directory that exists")
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 2 refused input, else a failure."""
     flags = _parser().parse_args(arguments)
+
+    # Only now: importing jax takes seconds, --help should not.
+    from iha_jax.parallel.processes import agree, is_first
+
     try:
-        names = [name for name in flags.tasks.split(",") if name]
-        unknown = [name for name in names if name not in TASKS]
-        if unknown or not names:
-            raise ValueError(f"--tasks={flags.tasks}: expected some of {', '.join(TASKS)}")
-        if flags.new_tokens < 1 or not flags.temperature >= 0:
-            raise ValueError(
-                f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0"
-            )
-        _check_out(flags.out)
+        start_processes(flags)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes a note, for those who save
+        names = agree(lambda: _task_names(flags), lambda _: common_flags(flags))
         run = restore(flags.workdir, flags.step)
         results = {name: TASKS[name](run, flags) for name in names}
     except ValueError as error:
         print(f"refused: {error}", file=sys.stderr)
         sys.exit(REFUSED)
+    if is_first():
+        _report(run.step, results, flags.out)
+    sys.exit(0)
+
+
+def _report(step: int, results: dict[str, dict[str, Any]], out: str | None) -> None:
     if "loss" in results:
         found = results["loss"]
-        print(f"step {run.step}: loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte")
+        print(f"step {step}: loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte")
     if "sample" in results:
         found = results["sample"]
         print(
             f"--- {found['prompt']!r} continued by {found['tokens']} tokens\n{found['prompt']}{found['continuation']}"
         )
-    if flags.out:
+    if out:
         from etils import epath
 
-        epath.Path(flags.out).write_text(json.dumps({"step": run.step, "tasks": results}, indent=2) + "\n")
-    sys.exit(0)
+        epath.Path(out).write_text(json.dumps({"step": step, "tasks": results}, indent=2) + "\n")

@@ -11,7 +11,7 @@ slow network differ in `data` only.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
 
-def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of each axis, the one given as -1 inferred from the number of devices.
+def axis_sizes(config: MeshConfig, devices: int, processes: int = 1) -> dict[str, int]:
+    """The size of each axis, the one given as -1 inferred from the number of devices (of all processes).
 
     Raises:
       ConfigError: unless the sizes multiply to `devices`, naming the nearest sizes that would.
@@ -40,12 +40,13 @@ def axis_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
         return asked | {free[0]: devices // fixed}
     if not free and fixed == devices:
         return asked
+    where = f" of {processes} processes" if processes > 1 else ""
     given = " * ".join(f"{axis} {size}" for axis, size in asked.items() if size != -1)
     if free:
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-        wish = f"their product {fixed} must divide the {devices} devices: {', '.join(map(str, divisors))}"
+        wish = f"their product {fixed} must divide the {devices} devices{where}: {', '.join(map(str, divisors))}"
     else:
-        wish = f"their product {fixed} must be the {devices} devices; set one of them to -1 to have it inferred"
+        wish = f"their product {fixed} must be the {devices} devices{where}; set one of them to -1 to have it inferred"
     raise ConfigError([f"config.mesh: {given}: {wish}"])
 
 
@@ -56,7 +57,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: for sizes that do not fit the devices, or a `data` axis that the slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = axis_sizes(config, len(devices))
+    sizes = axis_sizes(config, len(devices), len({device.process_index for device in devices}))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = tuple(sizes.values())
     if slices == 1:
@@ -92,10 +93,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, joined with the other processes' into arrays sharded over the batch axes."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def local_rows(mesh: Mesh, batch_size: int, devices: Collection[Any] | None = None) -> list[int]:
+    """Which rows of a batch these devices (None: this process's) hold at least a part of, ascending.
+
+    Rows that several processes hold, as copies or some tokens each, are local to all of those.
+    """
+    over_rows = NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh).spec[:1]))
+    places = over_rows.devices_indices_map((batch_size,))
+    held = [np.arange(batch_size)[places[d]] for d in (over_rows.addressable_devices if devices is None else devices)]
+    return np.unique(np.concatenate(held)).tolist()
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """The global arrays [batch_size, ...] of which `batch` has this process's `local_rows`, as `batch_sharding` says.
+
+    Each device gets its slice of every dimension that is split; nothing is sent between processes.
+    """
+    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))  # the rows of one device are consecutive, and so here
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ from iha_jax.config import IHA_KINDS, Config, ConfigError
 from iha_jax.model import ATTENTION, abstract_parameters
 from iha_jax.ops import Features, target_platform
 from iha_jax.ops.implementations import current_platform
+from iha_jax.parallel.processes import process_table
 from iha_jax.parallel.rules import table
 
 
@@ -55,10 +56,12 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
     window = f", P = {model.iha.pseudo_heads}, IHA window {model.iha.window} tokens" if model.uses_iha else ""
     tokens = training.batch_size * model.context_length
     start = f"resuming after step {start_step}" if start_step else "starting"
+    processes = [process_table()] if jax.process_count() > 1 else []
     split = [table(abstract_parameters(model), mesh)] if mesh.size > 1 else []
     return "\n".join(
         [
             f"device     {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+            *processes,
             f"mesh       {dict(mesh.shape)}",
             f"model      {parameters.total:,} parameters ({parameters.mixing:,} head mixing); layers: {layers}{window}",
             f"compute    {flops.total:,.0f} useful FLOPs a token forward, 3 times that to train; {model.compute_dtype}",

@@ -1,20 +1,21 @@
 """Checkpoints through Orbax: saved in the background, fingerprinted, compared name by name and bit by bit when read.
 
 A checkpoint is `directory/<step>/` with `state/` (arrays), `metadata/` (JSON: format, fingerprints, what the run wants
-to remember, and a digest of it all) and `manifest.json`, written last: without it a checkpoint is not finished. The
-truth about which steps exist is the directory, never anyone's memory.
+to remember, and a digest of it all) and `manifest.json`, written last. Which steps exist is asked of the directory,
+never of anyone's memory.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from iha_jax.parallel.processes import is_first, of_all, of_first
 from iha_jax.training.fingerprint import inspect
 from iha_jax.training.manifest import FILE as MANIFEST
 from iha_jax.training.manifest import LARGEST_JSON, damage, write_manifest
@@ -29,7 +30,7 @@ class CheckpointMismatch(ValueError):  # noqa: N818  a mismatch is what it is
     """A checkpoint does not hold what is asked of it. The message lists every difference by name."""
 
 
-class CheckpointCorrupt(RuntimeError):  # noqa: N818  corrupt is what it is
+class CheckpointCorrupt(ValueError):  # noqa: N818  corrupt is what it is
     """A checkpoint is not what was saved, or was never finished. The message says where."""
 
 
@@ -65,10 +66,11 @@ class Checkpointer:
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None,  # what is deleted is decided by `retention.py`, from the directory
+            max_to_keep=None,  # what is deleted is decided by `saves.py`, from the directory
             cleanup_tmp_directories=self._writable,
             enable_async_checkpointing=True,
             create=self._writable,
+            save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
         return ocp.CheckpointManager(self._directory.resolve(), options=options)
 
@@ -91,6 +93,17 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
+    def common_steps(self) -> list[int]:
+        """The steps as process 0 finds them. Every process calls this, and must find the newest of them too.
+
+        Raises:
+          ValueError: in a process that does not: its directory is another one.
+        """
+        steps = of_first(self.steps())
+        if steps:
+            self._check_step(steps[-1])
+        return steps
+
     def save(self, step: int, state: Any, *, metadata: Mapping[str, Any]) -> None:
         """Starts saving `state` and a JSON of `metadata`; returns once the arrays are copied.
 
@@ -107,14 +120,17 @@ class Checkpointer:
             state=ocp.args.StandardSave(named), metadata=ocp.args.JsonSave(content | {"sha256": _digest(content)})
         )
         self._saving = step
+        problem = None
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            self._give_up(error)
+            problem = _first_line(error)
+        if problems := [text for text in of_all(problem) if text]:
+            self._give_up(problems[0])
 
     def saving(self) -> bool:
-        """Whether a save has begun and its writing goes on."""
-        return self._saving is not None and self._manager.is_saving_in_progress()
+        """Whether a save has begun and its writing goes on, in any process."""
+        return self._saving is not None and any(of_all(self._manager.is_saving_in_progress()))
 
     def confirm(self) -> int | None:
         """Waits for the save that has begun and finishes it with its manifest. Returns its step, or None.
@@ -122,31 +138,32 @@ class Checkpointer:
         Raises:
           SaveFailed: nothing of the failed save is left, and the next one starts afresh.
         """
-        step = self._saving
+        step, problem = self._saving, None
         if step is None:
             return None
         try:
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 write_manifest(self.path(step))
         except Exception as error:
-            self._give_up(error)
+            problem = _first_line(error)
+        if problems := [text for text in of_all(problem) if text]:
+            self._give_up(problems[0])
         self._saving = None
         return step
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, problem: str) -> NoReturn:
         """After a failure the manager's memory is wrong (it lists steps that are not there): a new one is opened."""
         step, self._saving = self._saving, None
         try:
             free = f"{shutil.disk_usage(self._directory).free / 2**20:,.0f} MiB are free there"
         except OSError:
             free = "its free space is unknown"
-        if jax.process_index() == 0 and self.path(step or 0).exists():
-            self.path(step or 0).rmtree()
+        if is_first() and step is not None and self.path(step).exists():
+            self.path(step).rmtree()
         self._manager.close()
         self._manager = self._open()  # removes what the failed save has left
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {cause}") from error
+        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {problem}")
 
     def restore(self, abstract_state: Any, step: int) -> Any:
         """The state of `step`, shaped, typed and sharded as `abstract_state` says, every array equal to what was saved.
@@ -190,15 +207,16 @@ class Checkpointer:
         number = 1
         while (target := folder / f"{step}-{number}").exists():
             number += 1
-        if jax.process_index() == 0:
+        if is_first():
             folder.mkdir(parents=True, exist_ok=True)
             self.path(step).rename(target)
             (folder / f"{target.name}.txt").write_text(reason + "\n")
+        target = epath.Path(of_first(str(target)))  # nobody goes on before it is there
         self._manager.reload()
         return target
 
     def delete(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if is_first():
             self.path(step).rmtree()
         self._manager.reload()
 
@@ -223,28 +241,37 @@ class Checkpointer:
         return prints
 
     def _described(self, step: int) -> tuple[dict[str, int] | None, dict[str, Any]]:
-        """(fingerprints by name, the run's metadata) of a checkpoint whose files are whole."""
+        """(fingerprints by name, the run's metadata) of a checkpoint whose files are whole, found so by all processes.
+
+        Where a kill came between the last file and the manifest, the fingerprints alone decide.
+        """
         path = self.path(step)
-        file = path / "metadata" / "metadata"
+        listed = damage(path, part=jax.process_index(), parts=jax.process_count()) if self.has_manifest(step) else []
+        content, problem = None, "; ".join(listed[:5])
         try:
-            if file.stat().length > LARGEST_JSON:
-                raise ValueError(f"larger than {LARGEST_JSON} bytes")
-            content = json.loads(file.read_text())
-            if not (path / MANIFEST).exists() and content.keys() == _FORMAT_1:
-                return None, content
-            if problems := damage(path, part=jax.process_index(), parts=jax.process_count()):
-                raise ValueError("; ".join(problems[:5]))
-            if content.pop("sha256") != _digest(content):
-                raise ValueError(f"{file} was altered")
-            if content["format"] != FORMAT:
-                raise CheckpointMismatch(
-                    f"checkpoint {path} has format {content['format']}; this version of iha_jax reads 1 to {FORMAT}"
-                )
-            return content["fingerprints"], content["run"]
-        except CheckpointMismatch:
-            raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointCorrupt(f"checkpoint {path}: {error}") from error
+            content = None if problem else _load_json(path / "metadata" / "metadata")
+        except (OSError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problems := list(dict.fromkeys(text for text in of_all(problem) if text)):
+            raise CheckpointCorrupt(f"checkpoint {path}: {'; '.join(problems)}")
+        assert content is not None
+        if content.keys() == _FORMAT_1 and not self.has_manifest(step):
+            return None, content
+        if content.pop("sha256", None) != _digest(content):
+            raise CheckpointCorrupt(f"checkpoint {path}: its metadata were altered")
+        if content["format"] != FORMAT:
+            raise CheckpointMismatch(
+                f"checkpoint {path} has format {content['format']}; this version of iha_jax reads 1 to {FORMAT}"
+            )
+        return content["fingerprints"], content["run"]
+
+    def has_manifest(self, step: int) -> bool:
+        return (self.path(step) / MANIFEST).exists()
+
+    def adopt(self, step: int) -> None:
+        """Writes the manifest that a kill has prevented, of a step that was restored and found right."""
+        if is_first() and not self.has_manifest(step):
+            write_manifest(self.path(step))
 
     def _stored(self, step: int) -> dict[str, Any]:
         try:
@@ -291,6 +318,19 @@ class Checkpointer:
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointMismatch(f"checkpoint {self.path(step)} does not fit:\n{listed}")
+
+
+def _load_json(file: epath.Path) -> dict[str, Any]:
+    if file.stat().length > LARGEST_JSON:
+        raise ValueError(f"{file}: larger than {LARGEST_JSON} bytes")
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no JSON object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _digest(content: dict[str, Any]) -> str:

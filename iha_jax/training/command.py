@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from iha_jax.parallel.start import add_process_flags, start_processes
+
 REFUSED = 2
 
 
@@ -31,14 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--config", required=True, help="a config file, or FILE:ARM where it has several arms")
     parser.add_argument("--workdir", required=True, help="the run directory")
+    add_process_flags(parser)
     flags = parser.parse_args(rest)
 
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.config_file import load_config
+    from iha_jax.parallel.processes import agree
     from iha_jax.training.loop import admit, train
+    from iha_jax.training.run_directory import common_facts
 
     try:
-        job = admit(load_config(flags.config, overrides), flags.workdir)
+        start_processes(flags)
+        config = agree(lambda: load_config(flags.config, overrides), lambda config: common_facts(config, flags.workdir))
+        job = admit(config, flags.workdir)
     except ValueError as error:
         refuse(error)
     sys.exit(train(job))

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from iha_jax.config import Config, ConfigError
 from iha_jax.data.batches import train_batches
 from iha_jax.data.corpus import Corpus, open_corpus
-from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, make_mesh, place_batch, replicated
+from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, local_rows, make_mesh, place_batch, replicated
+from iha_jax.parallel.processes import agree, in_turns, is_first, of_first
 from iha_jax.parallel.rules import check_split
 from iha_jax.training.banner import describe, kernels
 from iha_jax.training.checkpoint import Checkpointer
@@ -21,7 +22,7 @@ from iha_jax.training.metrics import MetricsWriter, check_sinks
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.preemption import Preemption
 from iha_jax.training.progress import Progress
-from iha_jax.training.run_directory import check_data, check_run, open_run
+from iha_jax.training.run_directory import check_data, check_run, open_run, seen_from_here
 from iha_jax.training.state import check_source, starting_state
 from iha_jax.training.step import State, make_train_step
 from iha_jax.training.validation import Validation
@@ -43,8 +44,16 @@ def admit(config: Config, workdir: str) -> Job:
     """Checks everything a user can get wrong, before anything is compiled or written in the run directory.
 
     Raises:
-      ValueError: (ConfigError, RunDirectoryError, ...) saying what cannot be used and what would be.
+      ValueError: (ConfigError, RunDirectoryError, ...) saying what cannot be used and what would be; in every process,
+        when it is raised in one.
     """
+    mesh = agree(lambda: _check(config, workdir), lambda _: seen_from_here(workdir))
+    corpus = in_turns(lambda: open_corpus(config), lambda corpus: corpus.digests)
+    agree(lambda: check_data(workdir, corpus.digests))
+    return Job(config, workdir, mesh, corpus)
+
+
+def _check(config: Config, workdir: str) -> Mesh:
     mesh = make_mesh(config.mesh)
     check_batch_sizes(config, mesh)
     check_split(config.model, mesh)
@@ -56,9 +65,7 @@ def admit(config: Config, workdir: str) -> Job:
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
-    corpus = open_corpus(config)
-    check_data(workdir, corpus.digests)
-    return Job(config, workdir, mesh, corpus)
+    return mesh
 
 
 def train(job: Job) -> int:
@@ -84,7 +91,7 @@ def train(job: Job) -> int:
         # --- State: restored, warm-started or initial.
         state, carried = starting_state(config, optimizer, checkpoints, mesh)
         start_step = int(state["step"])
-        progress = Progress(config.training.steps, start_step)
+        progress = Progress(config.training.steps, start_step, quiet=not is_first())
         progress.message(describe(config, mesh, start_step))
 
         # --- Compile before the clock starts.
@@ -101,15 +108,16 @@ def train(job: Job) -> int:
             seed=config.seed,
             batch_size=config.training.batch_size,
             start_step=start_step,
+            local_rows=local_rows(mesh, config.training.batch_size),
             workers=config.data.workers,
         )
         if start_step == 0:
             writer.write(meter.validation_row(0, validate(state["parameters"])))
         meter.start()
         for step in range(start_step + 1, config.training.steps + 1):
-            batch = next(batches)
-            state, metrics = train_step(state, place_batch(batch, mesh))
-            meter.count(batch)
+            batch = place_batch(next(batches), mesh, config.training.batch_size)
+            state, metrics = train_step(state, batch)
+            meter.count(metrics)
             last = step == config.training.steps
             if step % config.training.log_every == 0 or last:
                 row = meter.training_row(step, metrics)
@@ -120,9 +128,10 @@ def train(job: Job) -> int:
                 row = meter.validation_row(step, validate(state["parameters"]))
                 writer.write(row)
                 progress.message(_validation_line(row))
-            if step % config.training.checkpoint_every == 0 or last or preemption.requested:
+            preempted = preemption.requested(step)
+            if step % config.training.checkpoint_every == 0 or last or preempted:
                 checkpoints.save(step, state, metadata=meter.totals | corpus.digests)
-            if preemption.requested and not last:
+            if preempted and not last:
                 checkpoints.wait()
                 progress.message(f"preempted: saved step {step}; the same command resumes there")
                 progress.close()
@@ -131,7 +140,7 @@ def train(job: Job) -> int:
 
         # --- The last checkpoint is on disk before the row that says the run is finished.
         checkpoints.wait()
-        if (writer.last_row("val") or {}).get("step") != config.training.steps:
+        if of_first((writer.last_row("val") or {}).get("step")) != config.training.steps:
             row = meter.validation_row(config.training.steps, validate(state["parameters"]))
             writer.write(row)
             progress.message(_validation_line(row))

@@ -2,7 +2,6 @@
 
 import resource
 import sys
-import time
 from typing import Any
 
 import jax
@@ -12,54 +11,60 @@ from jax.sharding import Mesh
 from iha_jax.accounting import peak_flops, training_flops_per_token
 from iha_jax.config import Config
 from iha_jax.training.optimizer import learning_rate_schedule
+from iha_jax.training.time_account import PRODUCTIVE, TimeAccount
 
 
 class Meter:
-    """Totals since step 0, carried over restarts. The clock runs between `start` and `stop`: training alone counts,
+    """Totals since step 0, carried over restarts. `seconds` are those between `start` and `stop`: training alone counts,
     not compilation, evaluation or saving."""
 
-    def __init__(self, config: Config, mesh: Mesh, carried: dict[str, Any]):
-        self._config = config
+    def __init__(self, config: Config, mesh: Mesh, carried: dict[str, Any], clock: TimeAccount):
+        self._config, self._clock = config, clock
         self._schedule = learning_rate_schedule(config.optimizer, config.training.steps)
         self._flops_per_step = (
             training_flops_per_token(config.model) * config.training.batch_size * config.model.context_length
         )
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * mesh.size if peak else None
-        self._tokens, self._seconds = float(carried.get("tokens", 0)), float(carried.get("seconds", 0))
-        self._window = (0, self._tokens, self._seconds)  # steps, tokens and seconds at the last training row
+        self._tokens = float(carried.get("tokens", 0))
+        self._window = (0, self._tokens, clock.productive)  # steps, tokens and seconds at the last training row
         self._steps = 0
-        self._started = time.perf_counter()
+        self._unread: list[jax.Array] = []  # counted tokens of steps that may still be running
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._clock.enter(PRODUCTIVE)
 
-    def stop(self, state: Any) -> None:
-        """Stops the clock; call it before anything that is not training. Waits for the step only on a CPU, where
-        queued steps would otherwise be paid for by whoever comes next."""
+    def stop(self, state: Any, then: str) -> None:
+        """What follows is `then`, a category of wall time. Waits for the step only on a CPU, where queued steps would
+        otherwise be paid for by whoever comes next."""
         if jax.default_backend() == "cpu":
             jax.block_until_ready(state["step"])
-        now = time.perf_counter()
-        self._seconds += now - self._started
-        self._started = now
+        self._clock.enter(then)
 
-    def count(self, batch: dict[str, np.ndarray]) -> None:
-        self._tokens += float(batch["loss_mask"].sum())
+    def count(self, metrics: dict[str, jax.Array]) -> None:
+        """One more step. Its tokens, of the batches of all processes, are read when they are first needed."""
+        self._unread.append(metrics["counted_tokens"])
         self._steps += 1
+
+    def _read_counts(self) -> None:
+        self._tokens += sum(float(tokens) for tokens in jax.device_get(self._unread))
+        self._unread = []
 
     @property
     def totals(self) -> dict[str, float]:
-        """What a checkpoint carries, so that a resumed run goes on counting."""
-        return {"tokens": self._tokens, "seconds": self._seconds}
+        """What a checkpoint carries, so that a resumed run goes on counting. Waits for the last step."""
+        self._read_counts()
+        return {"tokens": self._tokens, **self._clock.totals}
 
-    def training_row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
-        """One `train` row: loss of this step, throughput since the last row. Waits for the step to finish."""
+    def training_row(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> dict[str, Any]:
+        """One `train` row: loss of this step, throughput since the last row. Waits for the step to finish. `skipped`:
+        steps so far that changed nothing, the schedule included."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.stop({"step": metrics["loss"]})
+        self._read_counts()
         steps, tokens, seconds = (
-            now - then for now, then in zip((self._steps, self._tokens, self._seconds), self._window, strict=True)
+            now - then for now, then in zip((self._steps, self._tokens, self._clock.productive), self._window, strict=True)
         )
-        self._window = (self._steps, self._tokens, self._seconds)
+        self._window = (self._steps, self._tokens, self._clock.productive)
         flops_per_second = self._flops_per_step * steps / seconds
         return {
             "step": step,
@@ -69,16 +74,18 @@ class Meter:
             "tokens_per_second": tokens / seconds,
             "mfu": flops_per_second / self._peak if self._peak else None,
             "grad_norm": values["grad_norm"],
-            "learning_rate": float(np.asarray(self._schedule(step - 1))),
+            "learning_rate": float(np.asarray(self._schedule(max(0, step - 1 - skipped)))),
+            "skipped_steps": skipped,
         }
 
     def validation_row(self, step: int, numbers: dict[str, float]) -> dict[str, Any]:
         """One `val` row: losses and diagnostics at what cost."""
         costs = self._costs(step) | {"peak_memory_bytes": peak_memory_bytes()}
-        return {"step": step, "split": "val", **numbers, **costs}
+        return {"step": step, "split": "val", **numbers, **costs, **self._clock.totals}
 
     def _costs(self, step: int) -> dict[str, float]:
-        return {"tokens": self._tokens, "flops": self._flops_per_step * step, "seconds": self._seconds}
+        self._read_counts()
+        return {"tokens": self._tokens, "flops": self._flops_per_step * step, "seconds": self._clock.productive}
 
 
 def peak_memory_bytes() -> int:

@@ -7,13 +7,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """`update` after each training row, `message` for everything else; both go to `stream` (stderr)."""
+    """`update` after each training row, `message` for everything else; both go to `stream` (stderr), unless `quiet`."""
 
-    def __init__(self, steps: int, start_step: int, stream: TextIO | None = None):
+    def __init__(self, steps: int, start_step: int, stream: TextIO | None = None, *, quiet: bool = False):
         self._stream = stream or sys.stderr
         self._steps = steps
+        self._quiet = quiet
         self._bar: tqdm | None = None
-        if self._stream.isatty():
+        if self._stream.isatty() and not quiet:
             self._bar = tqdm(total=steps, initial=start_step, unit="step", file=self._stream, dynamic_ncols=True)
 
     def update(self, step: int, row: dict[str, Any]) -> None:
@@ -29,7 +30,7 @@ class Progress:
     def message(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
-        else:
+        elif not self._quiet:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:

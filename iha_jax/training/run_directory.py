@@ -1,6 +1,8 @@
 """A run directory: what is in it, when it may be used again, and who made it."""
 
+import hashlib
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import jax
 from etils import epath
 
 from iha_jax.config import Config, ConfigError, as_dict, resolve
+from iha_jax.parallel.processes import agree, is_first
 
 CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
 # Fields that cannot change a result: a used run directory accepts other values for them.
@@ -38,6 +41,7 @@ FREE = frozenset(
 _YOUNGER: dict[str, dict[str, Any]] = {
     "training": {"max_skipped_steps": 10, "spike_threshold": 0.0, "max_rollbacks": 3, "watchdog_seconds": 1800.0},
 }
+_SECONDS_TO_APPEAR = 20
 _PACKAGES = ("iha_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets")
 
 
@@ -107,18 +111,52 @@ def open_run(
 ) -> RunDirectory:
     """Creates or reopens a run directory: `config.json` once, `provenance.json` with one more entry a start.
 
-    Call `check_run` and `check_data` first: they refuse what must not be reopened.
+    Call `check_run` and `check_data` first: they refuse what must not be reopened. Process 0 writes for all.
+
+    Raises:
+      ValueError: when a process does not find what process 0 wrote.
     """
     run = RunDirectory(epath.Path(workdir))
-    provenance_path = run.path / PROVENANCE
-    before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
-    if jax.process_index() == 0:
+
+    def record() -> None:
+        provenance_path = run.path / PROVENANCE
+        before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
         run.path.mkdir(parents=True, exist_ok=True)
         if not (run.path / CONFIG).exists():
             _write(run.path / CONFIG, as_dict(config))
         facts = {"mesh": mesh, "implementations": implementations}
         _write(provenance_path, before | digests | {"runs": [*before["runs"], _provenance() | facts]})
+
+    agree(lambda: record() if is_first() else None)
+    agree(lambda: _check_shared(run.path))
     return run
+
+
+def _check_shared(path: epath.Path) -> None:
+    for _ in range(_SECONDS_TO_APPEAR):  # network file systems are not at once the same everywhere
+        if (path / CONFIG).exists():
+            return
+        time.sleep(1)
+    raise RunDirectoryError(f"--workdir={path}: {CONFIG} of process 0 is not there; all processes need one shared disk")
+
+
+def common_facts(config: Config, workdir: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run: config, run directory, this code, and the packages below it."""
+    facts = {f"config.{name}": value for name, value in flat(as_dict(config)).items()}
+    facts |= {"--workdir": os.fspath(epath.Path(workdir).resolve()), "code of iha_jax": _code_digest()}
+    return facts | {f"version of {name}": _version(name) for name in _PACKAGES if name != "iha_jax"}
+
+
+def seen_from_here(workdir: str) -> dict[str, Any]:
+    """What a process sees of a run directory, to be compared with what the others see."""
+    return {f"{CONFIG} in --workdir={workdir}": "there" if (epath.Path(workdir) / CONFIG).exists() else "not there"}
+
+
+def _code_digest() -> str:
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def load_run_config(workdir: str) -> Config:

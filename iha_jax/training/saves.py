@@ -1,12 +1,13 @@
 """When a run's checkpoints are saved, confirmed, tried again and deleted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer, SaveFailed
 
+Metadata = Callable[[], dict[str, Any]]  # asked only when something is saved
 ATTEMPTS = 3  # saves in a row that may fail before a run ends
 
 
@@ -27,23 +28,23 @@ class Saves:
         self._verified = verified
         self._failures = 0
 
-    def after_step(self, step: int, state: Any, metadata: Mapping[str, Any], *, now: bool = False) -> None:
+    def after_step(self, step: int, state: Any, metadata: Metadata, *, now: bool = False) -> None:
         """Saves at every `every`-th step, `now`, and after a failed save; otherwise looks after the one under way."""
         due = now or step % self._every == 0
         if due or not self._checkpoints.saving():
             self._confirm()
-        if (due or self._failures) and step not in self._checkpoints.steps():
-            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata))
+        if (due or self._failures) and step not in self._checkpoints.common_steps():
+            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata()))
 
-    def wait(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def wait(self, step: int, state: Any, metadata: Metadata) -> None:
         """Returns when the state of `step` is on disk, confirmed. Raises SaveFailed."""
         while True:
             self._confirm()
-            if step in self._checkpoints.steps():
+            if step in self._checkpoints.common_steps():
                 return
-            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata))
+            self._attempt(lambda: self._checkpoints.save(step, state, metadata=metadata()))
 
-    def finish(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def finish(self, step: int, state: Any, metadata: Metadata) -> None:
         """Returns when the state of `step` is on disk and was read back and found right. Raises SaveFailed."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         while True:
@@ -75,12 +76,12 @@ class Saves:
     def _failed(self, error: SaveFailed) -> None:
         self._failures += 1
         if self._failures >= ATTEMPTS:
-            good = self._checkpoints.latest_step()
+            good = max(self._checkpoints.steps(), default=None)
             raise SaveFailed(f"{error}; failed {ATTEMPTS} times in a row, last good checkpoint: {good}") from error
         self._tell(f"WARNING: {error}; trying again ({self._failures} of {ATTEMPTS - 1})")
 
     def _delete_old(self) -> None:
-        steps = self._checkpoints.steps()
+        steps = self._checkpoints.common_steps()
         for step in steps[: -self._keep]:
             if step != self._verified:
                 self._checkpoints.delete(step)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any
 
-import jax
 from etils import epath
 
 from iha_jax.data.storage import write_text
+from iha_jax.parallel.processes import is_first, of_first
 
 FILE = "rollbacks.json"
 _HISTORY = 64  # training losses that a new one is compared with
@@ -60,11 +60,21 @@ def read_rollbacks(directory: epath.Path) -> list[Rollback]:
     return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
-def record_rollback(directory: epath.Path, spike: int, restored: int) -> None:
-    """Adds one; `spike` is the step whose loss was too high, `restored` the step that the run goes back to."""
-    entries = [*read_rollbacks(directory), Rollback(spike, restored, spike - restored)]
-    if jax.process_index() == 0:
-        write_text(directory / FILE, json.dumps([asdict(entry) for entry in entries], indent=2))
+def roll_back(directory: epath.Path, spike: LossSpike, restored: int, limit: int) -> Rollback:
+    """Records that the run goes back to step `restored` and leaves out the data up to the spike.
+
+    Raises:
+      LossSpike: the one given, when there were `limit` rollbacks already.
+    """
+    before = read_rollbacks(directory)
+    if len(before) >= limit:
+        spike.add_note(f"{len(before)} rollbacks were made, and config.training.max_rollbacks = {limit}")
+        raise spike
+    entry = Rollback(spike.step, restored, spike.step - restored)
+    if is_first():
+        write_text(directory / FILE, json.dumps([asdict(x) for x in [*before, entry]], indent=2))
+    of_first(None)  # nobody reads it before it is there
+    return entry
 
 
 def data_step(step: int, rollbacks: list[Rollback]) -> int:

@@ -1,5 +1,6 @@
 """Where a run's first state comes from: its own last checkpoint, another run's parameters, or the seed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from iha_jax.config import Config, ConfigError
 from iha_jax.model import abstract_parameters
 from iha_jax.model.warm_start import warm_start
 from iha_jax.parallel.rules import state_shardings
-from iha_jax.training.checkpoint import Checkpointer
+from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer
 from iha_jax.training.run_directory import load_run_config
 from iha_jax.training.step import State, initial_state
 
@@ -34,21 +35,42 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def starting_state(
-    config: Config, optimizer: optax.GradientTransformation, checkpoints: Checkpointer, mesh: Mesh
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpointer,
+    mesh: Mesh,
+    tell: Callable[[str], None],
 ) -> tuple[State, dict[str, Any]]:
-    """`(state, metadata of its checkpoint)`: the last checkpoint's, else a new state and no metadata.
+    """`(state, metadata of its checkpoint)`: of the newest checkpoint that is what was saved, else new, no metadata.
 
-    A new state is `initial_state`, its parameters replaced by `training.init_from`'s where that is set.
+    Corrupt checkpoints are told, one line each, and moved to `quarantine/`; all processes fall back to the same one. A
+    new state is `initial_state`, its parameters replaced by `training.init_from`'s where that is set.
+
+    Raises:
+      CheckpointCorrupt: when there are checkpoints and none is sound: nothing is trained anew over them.
+      CheckpointMismatch: when the newest sound one is of another model or optimizer.
     """
-    step = checkpoints.latest_step()
-    if step is not None:
-        return checkpoints.restore(abstract_state(config, optimizer, mesh), step), checkpoints.metadata(step)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    like = abstract_state(config, optimizer, mesh)
+    steps = checkpoints.common_steps()
+    for step in reversed(steps):
+        try:
+            state = checkpoints.restore(like, step)
+        except CheckpointCorrupt as error:
+            tell(f"WARNING: {error}; moved to {checkpoints.quarantine(step, str(error))}, falling back to an older one")
+            continue
+        checkpoints.adopt(step)
+        return state, checkpoints.metadata(step)
+    if steps:
+        raise CheckpointCorrupt(
+            f"none of the checkpoints of steps {', '.join(map(str, steps))} is sound, so there is nothing to go on from; "
+            f"they are in quarantine/; to train from the beginning use another workdir"
+        )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings)()  # never whole on one device
     if config.training.init_from:
         source_config, source = _load_source(config, mesh)
         parameters = warm_start(state["parameters"], config.model, source, source_config.model)
-        state["parameters"] = jax.device_put(parameters, shardings["parameters"])
+        state["parameters"] = jax.jit(lambda x: x, out_shardings=shardings["parameters"])(parameters)
     return state, {}
 
 
@@ -70,11 +92,12 @@ def _load_source(config: Config, mesh: Mesh) -> tuple[Config, Any]:
     source_config = load_run_config(config.training.init_from)
     like = abstract_parameters_on(source_config, mesh)
     with _source_checkpoints(config) as checkpoints:
-        return source_config, checkpoints.restore_parameters(like, _source_step(config, checkpoints))
+        step = config.training.init_from_step or checkpoints.common_steps()[-1]  # check_source found one
+        return source_config, checkpoints.restore_parameters(like, step)
 
 
 def _source_checkpoints(config: Config) -> Checkpointer:
-    return Checkpointer(epath.Path(config.training.init_from) / "checkpoints", keep=None)
+    return Checkpointer(epath.Path(config.training.init_from) / "checkpoints", writable=False)
 
 
 def _source_step(config: Config, checkpoints: Checkpointer) -> int:

@@ -68,11 +68,17 @@ def make_train_step(
     return step
 
 
-def make_eval_step(config: Config) -> Callable[[State, Batch], jax.Array]:
-    """Returns `step(parameters, batch) -> summed negative log-likelihood` (nats) over the counted tokens."""
+def make_eval_step(config: Config) -> Callable[[State, Batch, jax.Array], dict[str, jax.Array]]:
+    """Returns `step(parameters, batch, byte_lengths) -> {"nll", "tokens", "text_bytes"}`, sums over the counted tokens.
 
-    def step(parameters: State, batch: Batch) -> jax.Array:
-        return _summed(config, parameters, batch)[1]
+    `nll` is the negative log-likelihood in nats (float32); the others are exact counts (int32) over the whole batch,
+    whatever processes hold its rows: targets, and the bytes they stand for (`byte_lengths` int32 [V]).
+    """
+
+    def step(parameters: State, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
+        counted = batch["loss_mask"].astype(jnp.int32)
+        text_bytes = (byte_lengths[batch["targets"]] * counted).sum()
+        return {"nll": _summed(config, parameters, batch)[1], "tokens": counted.sum(), "text_bytes": text_bytes}
 
     return step
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-import jax
 from etils import epath
 
 from iha_jax.data.storage import is_local, write_text
+from iha_jax.parallel.processes import is_first
 
 FILE = "wall_time.json"
 START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE, LOST = (
@@ -33,20 +33,28 @@ class TimeAccount:
     (every minute in a bucket): so the next attempt knows what a killed one has cost.
     """
 
-    def __init__(self, directory: epath.Path, carried: Mapping[str, Any]):
-        """`carried`: the metadata of the restored checkpoint, `{}` for a new run."""
+    def __init__(self, directory: epath.Path, began: float):
+        """`began`: when this attempt did, of `time.monotonic()`; `process_start()` for the first of a process."""
         self._file = directory / FILE
-        self._spent = {name: float(carried.get(_key(name), 0)) for name in CATEGORIES}
+        self._spent = dict.fromkeys(CATEGORIES, 0.0)
         self._earlier = self._read()
-        self._spent[LOST] += max(0.0, self._earlier - sum(self._spent.values()))
-        self._category, self._since = START, _process_start()
-        self._began = self._since
+        self._category, self._since, self._began = START, began, began
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._every = 1.0 if is_local(directory) else 60.0
         self._writer = threading.Thread(target=self._keep_writing, daemon=True)
 
+    def carry(self, metadata: Mapping[str, Any]) -> None:
+        """Goes on from what the restored checkpoint says, `{}` for a new run; earlier time that it does not know of is
+        lost."""
+        with self._lock:
+            carried = {name: float(metadata.get(_key(name), 0)) for name in CATEGORIES}
+            carried[PRODUCTIVE] = float(metadata.get(_key(PRODUCTIVE), metadata.get("seconds", 0)))  # format 1: seconds
+            carried[LOST] += max(0.0, self._earlier - sum(carried.values()))
+            for name, seconds in carried.items():
+                self._spent[name] += seconds
+
     def __enter__(self) -> Self:
-        if jax.process_index() == 0:
+        if is_first():
             self._writer.start()
         return self
 
@@ -58,15 +66,20 @@ class TimeAccount:
 
     def enter(self, category: str) -> None:
         with self._lock:
-            now = time.time()
+            now = time.monotonic()
             self._spent[self._category] += now - self._since
             self._category, self._since = category, now
+
+    @property
+    def productive(self) -> float:
+        """Seconds of training alone."""
+        return self.totals[_key(PRODUCTIVE)]
 
     @property
     def totals(self) -> dict[str, float]:
         """Seconds by category, as `<category>_seconds`: for checkpoints, validation rows and the last line of a run."""
         with self._lock:
-            running = {self._category: time.time() - self._since}
+            running = {self._category: time.monotonic() - self._since}
         return {_key(name): spent + running.get(name, 0.0) for name, spent in self._spent.items()}
 
     def summary(self) -> str:
@@ -89,20 +102,20 @@ class TimeAccount:
     def _write(self) -> None:
         # A file system that fails for a moment must not end a run for its accounts.
         with contextlib.suppress(OSError):
-            write_text(self._file, json.dumps({"seconds": self._earlier + time.time() - self._began}))
+            write_text(self._file, json.dumps({"seconds": self._earlier + time.monotonic() - self._began}))
 
 
 def _key(category: str) -> str:
     return f"{category}_seconds"
 
 
-def _process_start() -> float:
-    """When this process began, as `time.time()`; where that cannot be read, now."""
+def process_start() -> float:
+    """When this process began, of `time.monotonic()`; where that cannot be read, now."""
     try:
         with open("/proc/self/stat", encoding="ascii") as file:
             ticks = int(file.read().rsplit(")", 1)[1].split()[19])
         with open("/proc/uptime", encoding="ascii") as file:
             uptime = float(file.read().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
+        return time.monotonic() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, IndexError):
-        return time.time()
+        return time.monotonic()

@@ -25,10 +25,15 @@ class Validation:
 
     def __call__(self, parameters: Any) -> dict[str, float]:
         training = self._config.training
-        batches = validation_batches(
-            self._corpus.validation, batch_size=training.eval_batch_size, num_rows=training.eval_rows or None
+        numbers = evaluate(
+            self._eval_step,
+            parameters,
+            self._corpus.validation,
+            self._corpus.tokenizer.byte_lengths,
+            self._mesh,
+            batch_size=training.eval_batch_size,
+            num_rows=training.eval_rows or None,
         )
-        numbers = evaluate(self._eval_step, parameters, batches, self._corpus.tokenizer.byte_lengths, self._mesh)
         first = next(iter(validation_batches(self._corpus.validation, batch_size=1, num_rows=1)))
         # The same row on every shard of the batch: what is found must not depend on the mesh.
         row = {name: np.repeat(x, batch_shards(self._mesh), axis=0) for name, x in first.items()}
