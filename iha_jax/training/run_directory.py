@@ -17,6 +17,7 @@ import jax
 from etils import epath
 
 from iha_jax.config import Config, ConfigError, as_dict, resolve
+from iha_jax.data.storage import is_local
 from iha_jax.parallel.processes import agree, is_first
 
 CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -136,7 +137,8 @@ def _check_shared(path: epath.Path) -> None:
 def common_facts(config: Config, workdir: str) -> dict[str, Any]:
     """What must be the same in all processes of a run: config, run directory, this code, and the packages below it."""
     facts = {f"config.{name}": value for name, value in flat(as_dict(config)).items()}
-    facts |= {"--workdir": os.fspath(epath.Path(workdir).resolve()), "code of iha_jax": _code_digest()}
+    place = os.fspath(epath.Path(workdir).resolve() if is_local(workdir) else workdir)
+    facts |= {"--workdir": place, "code of iha_jax": _code_digest()}
     return facts | {f"version of {name}": _version(name) for name in _PACKAGES if name != "iha_jax"}
 
 
