@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from iha_jax.comparison.arms import load_comparison, longer_runs, planned_runs, run_config
+from iha_jax.comparison.arms import load_comparison, longer_runs, planned_runs
 from iha_jax.config import as_dict
 
 CONFIG = """
@@ -70,5 +70,5 @@ def written(tmp_path, bits, *, only=None, **comparison):
     workdir = tmp_path / "runs"
     for run in runs:
         if only is None or only(run):
-            write_run(workdir, run, run_config(comparison, run), bits(run.arm, run.seed, run.learning_rate))
+            write_run(workdir, run, run.config(), bits(run.arm, run.seed, run.learning_rate))
     return comparison, workdir, planned_runs(comparison, ())
