@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from iha_jax.comparison.arms import load_comparison, longer_runs, planned_runs
 from iha_jax.config import as_dict
 
@@ -31,6 +33,13 @@ def get_config(arm="iha"):
 def get_comparison():
     return ConfigDict({comparison!r})
 """
+
+
+def ends(main, *arguments):
+    """The exit code that a command ends with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
 
 
 def config_file(folder: Path, *, data=None, **comparison) -> str:

@@ -18,15 +18,9 @@ from iha_jax.comparison.arms import load_comparison, planned_runs
 from iha_jax.comparison.launch import Launcher
 from iha_jax.data import prepare
 from iha_jax.training import command as training
-from tests.comparisons import config_file, write_run, written
+from tests.comparisons import config_file, ends, write_run, written
 
 ROOT = Path(__file__).parent.parent
-
-
-def ends(main, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
 
 
 class InProcess(Launcher):
