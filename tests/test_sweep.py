@@ -272,7 +272,7 @@ def test_two_points_trained_for_real_and_reported(tmp_path):
     text = file.read_text().replace("(3e-3, 7e-3, 1.5e-2)", "(7e-3,)")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "two.py").write_text(text)
-    more = "training.steps=4 training.eval_rows=4 training.eval_every=2 optimizer.warmup_steps=2 model.num_layers=2"
+    more = "training.steps=4 training.eval_rows=4 training.eval_every=2 optimizer.warmup_steps=2"
     flags = [f"--config={tmp_path / 'files' / 'two.py'}", f"--workdir={tmp_path / 'runs'}"]
     small = [f"--config.{override}" for override in more.split()]
 
