@@ -15,13 +15,14 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 TRAIN = ["--config=configs/paper_2p4b.py:iha", "--workdir=gs://bucket/my runs"]
+SETTINGS = ("DRY_RUN", "MULTISLICE", "IMAGE", "SLICES", "RESTARTS", "GRACE", "PYTHON")  # what scripts read
 XPK = dict(PROJECT="p", ZONE="z", CLUSTER="c", TPU_TYPE="v5p-256")
 
 
-def launch(script, *arguments, cwd=ROOT, **environment):
+def launch(script, *arguments, **environment):
     command = ["bash", str(LAUNCH / script), *arguments]
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | environment
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=60)
+    theirs = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in SETTINGS}
+    return subprocess.run(command, cwd=ROOT, env=theirs | environment, capture_output=True, text=True, timeout=60)
 
 
 def commands(script, *arguments, **environment):
@@ -165,8 +166,8 @@ def directives(script):
 
 
 def test_slurm_starts_one_process_a_node():
-    (words,) = commands("slurm.sbatch", *TRAIN, DRY_RUN="1")
-    assert words[0] == "srun"
+    (words,) = commands("slurm.sbatch", *TRAIN, DRY_RUN="1", SLURM_CPUS_PER_TASK="32")
+    assert words[:2] == ["srun", "--cpus-per-task=32"]
     assert words[-4:] == [".venv/bin/python", "train.py", *TRAIN]
     assert directives("slurm.sbatch")["ntasks-per-node"] == "1"
     for script in ("slurm.sbatch", "sweep.sbatch"):
