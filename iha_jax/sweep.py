@@ -8,8 +8,8 @@ cluster each task of an array runs one point (`launch/sweep.sbatch`); `--count` 
     python -m iha_jax.sweep --config=configs/X.py --workdir=DIR --index=$SLURM_ARRAY_TASK_ID
 
 A point is kept in `DIR/<arm>/<settings>/seed<k>`, where `python -m iha_jax.compare --config=configs/X.py --workdir=DIR
---report_only` reads it (in a file with both functions, the points that are runs of the comparison). What follows `--` goes
-to every `train.py` as it is.
+--report_only` reads it (in a file with both functions, the points that are runs of the comparison). What follows `--`
+goes to every `train.py` as it is.
 """
 
 import argparse
