@@ -23,7 +23,10 @@ def fused_tpu_work(blocks: tpu.Blocks, *, training: bool = False) -> Work:
         for part in range(blocks.parts)
     )
     three, two = (forward + times * backward * training for times in (3, 2))
-    wide, wide_values = blocks.padded(blocks.width) / blocks.width, blocks.padded(blocks.value_width) / blocks.value_width
+    wide, wide_values = (
+        blocks.padded(blocks.width) / blocks.width,
+        blocks.padded(blocks.value_width) / blocks.value_width,
+    )
     return Work(
         scores=three * blocks.ring * blocks.rows**2 * wide,
         sums=three * blocks.ring * blocks.rows**2 * wide_values,

@@ -65,8 +65,7 @@ def spans(N: int, size: int, causal: bool) -> list[Span]:
 def attend_in_blocks(
     attend: Callable[[Tree, Tree, Array, np.ndarray], Array], queries: Tree, keys: Tree, *, size: int, causal: bool
 ) -> Array:
-    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks of `spans`, joined: [..., N, width].
-    """
+    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks of `spans`, joined: [..., N, width]."""
     N = jax.tree.leaves(queries)[0].shape[-2]
     outputs = []
     for start, end, count, C, M in spans(N, size, causal):

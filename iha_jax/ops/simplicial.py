@@ -17,7 +17,7 @@ import numpy as np
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference_baselines as reference
-from iha_jax.ops.arguments import check_attention, check_window
+from iha_jax.ops.arguments import check_attention, check_windows
 from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.implementations import Features
 from iha_jax.ops.query_blocks import (
@@ -82,11 +82,7 @@ def simplicial_attention(
     for name, x, like, other in (("k2", k2, "k", k), ("v2", v2, "v", v)):
         if x.shape != other.shape or x.dtype != other.dtype:
             raise ValueError(f"{name} is {x.dtype}{x.shape}; expected {other.dtype}{other.shape} as {like} is")
-    if windows is not None:
-        if not isinstance(windows, tuple | list) or len(windows) != 2:
-            raise ValueError(f"windows = {windows!r}; expected None or (w1, w2), two positive numbers of tokens")
-        for w in windows:
-            check_window(w)
+    check_windows(windows)
     features = Features.of(q, v, causal=causal, window=windows and windows[0], segment_ids=segment_ids)
     if resolve_blocked_implementation(implementation, features) == "reference":
         return reference.simplicial_attention(q, k, v, k2, v2, causal=causal, windows=windows, segment_ids=segment_ids)
