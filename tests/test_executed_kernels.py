@@ -226,5 +226,5 @@ def test_a_fused_layer(platform):
     with target_platform(platform, chip="v5p" if platform == "tpu" else None):
         work = layer_work(whole, "iha_local", training=True)
         assert min(work.scores, work.sums) > 3 * layer_pairs(model, "iha_local")
-        flops = [attention_flops(m, "iha_local", layer_work(m, "iha_local", training=True)) for m in (per_head, whole)]
+        flops = [attention_flops(m, layer_work(m, "iha_local", training=True)) for m in (per_head, whole)]
         assert flops[0] == flops[1]

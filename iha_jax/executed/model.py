@@ -110,8 +110,8 @@ def _interleaved(model: ModelConfig, name: str, window: int | None, batch: int, 
     return dataclasses.replace(work, collapsed=work.collapsed * H) if iha.collapse == "per_head" else work
 
 
-def attention_flops(model: ModelConfig, kind: str, work: Work) -> tuple[float, float]:
-    """(scores, mixing) FLOPs of `work`, one row through a layer of `kind`, without its projections.
+def attention_flops(model: ModelConfig, work: Work) -> tuple[float, float]:
+    """(scores, mixing) FLOPs of `work`, one row through one layer of `model`, without its projections.
 
     scores: `2 d H (scores + sums)`; mixing: `2 d` times `H^2 P` (queries), `K H P` (keys, values) and `H^2 P` or `H P`
     (collapse) for each token mixed, and `2 H` times H (talking heads) for each logit and weight exchanged.
@@ -122,8 +122,11 @@ def attention_flops(model: ModelConfig, kind: str, work: Work) -> tuple[float, f
     return 2.0 * d * H * (work.scores + work.sums), 2.0 * d * mixed + 2.0 * H * H * work.exchanged
 
 
-def executed_flops_per_token(model: ModelConfig, *, batch_size: int = 1, training: bool = False) -> Flops:
-    """FLOPs a token that the model's implementations execute for rows of N tokens, `batch_size` rows at a time.
+def executed_flops_per_token(
+    model: ModelConfig, *, batch_size: int = 1, training: bool = False, segments: bool = True
+) -> Flops:
+    """FLOPs a token that the model's implementations execute for rows of N tokens, `batch_size` rows at a time;
+    `segments` as in `layer_work`.
 
     scores, mixing: `attention_flops / N` of each layer. Fused mixing: weights are mixed once a forward pass, `2 D d
     (H^2 + 2 K^2)` over all tokens of the batch; with QK-norm `2 d (H^2 + 2 K^2)` a token. Projections, MLP and output
@@ -137,7 +140,7 @@ def executed_flops_per_token(model: ModelConfig, *, batch_size: int = 1, trainin
         raise ValueError(f"remat = {model.remat!r}: executed training FLOPs have a closed form for 'none' alone")
     H, K, d, N = model.num_heads, model.num_kv_heads, model.head_width, model.context_length
     layers = [
-        attention_flops(model, kind, layer_work(model, kind, batch_size=batch_size, training=training))
+        attention_flops(model, layer_work(model, kind, batch_size=batch_size, training=training, segments=segments))
         for kind in model.layer_kinds
     ]
     useful, dense = flops_per_token(model), 3 if training else 1

@@ -52,8 +52,8 @@ class Span(NamedTuple):
 
 
 def spans(N: int, size: int, causal: bool) -> list[Span]:
-    """What `attend_in_blocks` computes, in blocks of about `size`: causal, at most `MAX_PREFIXES` spans of queries, each
-    against the keys before its end; else one span against all keys."""
+    """What `attend_in_blocks` computes, in blocks of about `size`: if causal, at most `MAX_PREFIXES` spans of queries,
+    each against the keys before its end; else one span against all keys."""
     span, found = span_of(N, size, causal), []
     for start in range(0, N, span):
         end = min(start + span, N)
@@ -65,7 +65,7 @@ def spans(N: int, size: int, causal: bool) -> list[Span]:
 def attend_in_blocks(
     attend: Callable[[Tree, Tree, Array, np.ndarray], Array], queries: Tree, keys: Tree, *, size: int, causal: bool
 ) -> Array:
-    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks of `spans`, joined: [..., N, width]."""
+    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks of `spans`: [..., N, width]."""
     N = jax.tree.leaves(queries)[0].shape[-2]
     outputs = []
     for start, end, count, C, M in spans(N, size, causal):

@@ -57,7 +57,7 @@ def apply_rope(
     """Rotates queries or keys by their positions, `0 .. N-1` unless given (static numpy integers `[N]`).
 
     Raises:
-      ValueError: for another rank, an odd head width, integers, a non-positive `theta`, or `positions` of another length.
+      ValueError: for another rank, an odd width, integers, a non-positive `theta`, or `positions` of another length.
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {x.shape}; expected [B, N, H, d] with an even head width d")

@@ -133,7 +133,7 @@ def choose_block(blocks: Blocks) -> Blocks:
     never under `SMALLEST_BLOCK` tokens.
 
     Raises:
-      ValueError: when not even the smallest block fits. Nothing is tried instead: keys and values mixed in advance would
+      ValueError: when not even the smallest block fits. Nothing else is tried: keys and values mixed in advance would
         be P times as many in device memory, which streaming never holds.
     """
     size = max(SMALLEST_BLOCK, 2 ** math.ceil(math.log2(min(blocks.window, blocks.tokens))))
