@@ -27,7 +27,8 @@ from iha_jax.comparison.arms import (
 from iha_jax.comparison.launch import SIGNALS, Launcher
 from iha_jax.comparison.report import report
 from iha_jax.comparison.results import is_finished, read_results
-from iha_jax.training.command import refuse, split_overrides
+from iha_jax.data.storage import check_library
+from iha_jax.training.command import CACHE_HELP, refuse, split_overrides
 from iha_jax.training.run_directory import check_run
 
 FAILED, PREEMPTED = 1, 75
@@ -42,22 +43,22 @@ def check_runs(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> Non
         check_run(str(epath.Path(workdir) / run.folder), run_config(comparison, run))
 
 
-def run_all(comparison: Comparison, workdir: str, runs: Sequence[Run], launcher: Launcher) -> int:
-    """Runs what is not finished, in order. Returns 0, 75 when interrupted (whatever was under way goes on next time),
-    or the exit code of the first run that failed."""
+def run_all(
+    comparison: Comparison, workdir: str, runs: Sequence[Run], launcher: Launcher, flags: Sequence[str] = ()
+) -> int:
+    """Runs what is not finished, in order, with these further flags. Returns 0, 75 when interrupted (whatever was under
+    way goes on next time), or the exit code of the first run that failed."""
     waiting = [run for run in runs if not is_finished(epath.Path(workdir) / run.folder)]
     if len(waiting) < len(runs):
         _say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
-    cache = str((epath.Path(workdir) / ".jax_cache").resolve())
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ
     began = time.monotonic()
     for number, run in enumerate(waiting, 1):
         if launcher.interrupted:
             return _interrupted()
         _say(f"run {number} of {len(waiting)}: {run.folder}")
         command = [sys.executable, "-m", "iha_jax.training", f"--config={comparison.path}:{run.base_arm}"]
-        command += [f"--workdir={epath.Path(workdir) / run.folder}", *(f"--config.{o}" for o in run.overrides)]
-        code = launcher(command, environment)
+        command += [f"--workdir={epath.Path(workdir) / run.folder}", *flags, *(f"--config.{o}" for o in run.overrides)]
+        code = launcher(command, dict(os.environ))
         if launcher.interrupted and code in (PREEMPTED, *(-number for number in SIGNALS)):
             return _interrupted()
         if code:
@@ -104,19 +105,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", required=True, help="a config file with get_comparison()")
     parser.add_argument("--workdir", required=True, help="runs go to WORKDIR/<arm>/seed<k>")
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " each run")
     parser.add_argument("--report_only", action="store_true", help="train nothing, rebuild the report")
     flags = parser.parse_args(rest)
     try:
+        check_library(flags.workdir)
         comparison = load_comparison(flags.config)
         runs = planned_runs(comparison, overrides)
         if not flags.report_only:
             check_runs(comparison, flags.workdir, runs)
+            cache = [f"--compilation_cache={flags.compilation_cache}"] if flags.compilation_cache else []
             with Launcher() as launcher:
-                code = run_all(comparison, flags.workdir, runs, launcher)
+                code = run_all(comparison, flags.workdir, runs, launcher, cache)
                 if not code and "longer" in comparison.controls:
                     longer = control_longer(comparison, flags.workdir, runs)
                     check_runs(comparison, flags.workdir, longer)
-                    code = run_all(comparison, flags.workdir, longer, launcher)
+                    code = run_all(comparison, flags.workdir, longer, launcher, cache)
             if code:
                 sys.exit(code)
     except ValueError as error:

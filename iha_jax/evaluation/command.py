@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-REFUSED = 2
+from iha_jax.training.command import CACHE_HELP, REFUSED
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " the workdir")
     return parser
 
 
@@ -107,7 +108,9 @@ def _check_out(out: str | None) -> None:
     """Refuses before the work is done what could not be written after it."""
     from etils import epath
 
-    if out and (epath.Path(out).is_dir() or not epath.Path(out).parent.is_dir()):
+    from iha_jax.data.storage import is_local
+
+    if out and (epath.Path(out).is_dir() or (is_local(out) and not epath.Path(out).parent.is_dir())):
         raise ValueError(f"--out={out}: expected a file name in a directory that exists")
 
 
@@ -124,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0"
             )
         _check_out(flags.out)
+        from iha_jax.training.compilation_cache import use_cache
+
+        use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)
         results = {name: TASKS[name](run, flags) for name in names}
     except ValueError as error:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from iha_jax.training.start_up import StartUp
+
 REFUSED = 2
 
 
@@ -21,6 +23,9 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(REFUSED)
 
 
+CACHE_HELP = "folder or bucket of compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else .jax_cache beside"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 75 preempted and saved (run the same command again), 2 refused input, else a failure."""
     overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -31,14 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--config", required=True, help="a config file, or FILE:ARM where it has several arms")
     parser.add_argument("--workdir", required=True, help="the run directory")
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " the workdir")
+    parser.add_argument("--profile_steps", default="", help="START:STOP, steps to trace into WORKDIR/profile")
     flags = parser.parse_args(rest)
+    start_up = StartUp()
 
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.config_file import load_config
+    from iha_jax.training.compilation_cache import use_cache
     from iha_jax.training.loop import admit, train
 
+    start_up.mark("imports")
     try:
-        job = admit(load_config(flags.config, overrides), flags.workdir)
+        use_cache(flags.compilation_cache, flags.workdir)
+        job = admit(load_config(flags.config, overrides), flags.workdir, flags.profile_steps)
     except ValueError as error:
         refuse(error)
-    sys.exit(train(job))
+    start_up.mark("data")
+    sys.exit(train(job, start_up))
