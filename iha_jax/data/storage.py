@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.config
 from etils import epath
 
 # A client remembers the listings of its bucket, but other processes write there too: a run, its comparison, its reader.

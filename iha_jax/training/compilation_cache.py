@@ -26,7 +26,7 @@ def use_cache(choice: str, workdir: str) -> None:
     if choice == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not choice and (jax.config.jax_compilation_cache_dir or _noisy()):
+    if not choice and (jax.config.values["jax_compilation_cache_dir"] or _noisy()):
         return
     folder = absolute(choice) if choice else default_folder(workdir)
     if folder.exists() and not folder.is_dir():
