@@ -4,13 +4,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import orbax.checkpoint as ocp
 import pytest
 
 from iha_jax import compare
 from iha_jax.data import storage
 from iha_jax.data.prepare import main as prepare
 from iha_jax.training import loop
+from iha_jax.training.checkpoint import Checkpointer
 from iha_jax.training.metrics import MetricsWriter, read_metrics
 from tests.bucket import Bucket, use_bucket
 from tests.comparisons import written
@@ -61,6 +64,7 @@ def test_rows_reach_a_bucket_at_a_bounded_rate_and_all_of_them_on_request(bucket
         writer._staging._pending.result()
         assert len(steps()) <= 3  # the first upload has what was there when it began
         writer.write(row(3))
+        writer._staging._pending.result()
         assert 3 not in steps()
         writer.flush()
         assert steps() == [0, 1, 2, 3]
@@ -185,3 +189,13 @@ def test_a_bucket_whose_library_is_missing_is_refused(command, monkeypatch, caps
         main(["--workdir=s3://mine/run", *flags])
     assert end.value.code == 2
     assert "s3://mine/run: cannot be reached: Install s3fs" in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_upload_was_cut_off_is_none(bucket, monkeypatch):
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    for step in (3, 6):
+        (bucket / f"runs/a/checkpoints/{step}/metadata").mkdir(parents=True)
+        (bucket / f"runs/a/checkpoints/{step}/metadata/metadata").write_text("{}")
+    (bucket / "runs/a/checkpoints/3/commit_success.txt").write_text("")
+    with Checkpointer(f"{RUN}/checkpoints", keep=None) as checkpoints:
+        assert checkpoints.latest_step() == 3
