@@ -15,7 +15,8 @@ from iha_jax.comparison.launch import FAILED, Launcher, check_runs, run_all
 from iha_jax.comparison.report import report
 from iha_jax.comparison.results import read_results
 from iha_jax.comparison.runs import Run
-from iha_jax.training.command import refuse, split_overrides
+from iha_jax.data.storage import check_library
+from iha_jax.training.command import CACHE_HELP, refuse, split_overrides
 
 
 def control_longer(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> list[Run]:
@@ -49,19 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--workdir", required=True, help="runs go to WORKDIR/<arm>/seed<k>, or WORKDIR/<arm>/<settings>/seed<k>"
     )
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " each run")
     parser.add_argument("--report_only", action="store_true", help="train nothing, rebuild the report")
     flags = parser.parse_args(rest)
     try:
+        check_library(flags.workdir)
         comparison = load_comparison(flags.config)
         runs = planned_runs(comparison, overrides)
         if not flags.report_only:
             check_runs(flags.workdir, runs)
+            cache = [f"--compilation_cache={flags.compilation_cache}"] if flags.compilation_cache else []
             with Launcher() as launcher:
-                code = run_all(flags.workdir, runs, launcher, _say)
+                code = run_all(flags.workdir, runs, launcher, _say, flags=cache)
                 if not code and "longer" in comparison.controls:
                     longer = control_longer(comparison, flags.workdir, runs)
                     check_runs(flags.workdir, longer)
-                    code = run_all(flags.workdir, longer, launcher, _say)
+                    code = run_all(flags.workdir, longer, launcher, _say, flags=cache)
             if code:
                 sys.exit(code)
     except ValueError as error:

@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from iha_jax.data.storage import absolute, is_local
 from iha_jax.parallel.processes import of_first
 
 
@@ -35,7 +36,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int | None):
-        self._directory = epath.Path(directory)
+        self._directory = absolute(directory)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=keep is not None,
@@ -43,7 +44,7 @@ class Checkpointer:
             create=keep is not None,
             save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
-        self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -52,10 +53,11 @@ class Checkpointer:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps on disk, as the directory lists them."""
+        """The finished steps, as the directory lists them. In a bucket an unfinished one has its final name already."""
         if not self._directory.exists():
             return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        found = [path for path in self._directory.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in found if is_local(path) or ocp.utils.is_checkpoint_finalized(path))
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -116,7 +118,7 @@ class Checkpointer:
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(self._directory.resolve() / str(step) / "state", args=arguments)
+            restored = reader.restore(self._directory / str(step) / "state", args=arguments)
         leaves = [restored[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_parameters), leaves)
 
@@ -133,7 +135,7 @@ class Checkpointer:
     def _stored(self, step: int) -> dict[str, Any]:
         self._check_step(step)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.metadata(self._directory.resolve() / str(step) / "state")
+            found = reader.metadata(self._directory / str(step) / "state")
         tree = getattr(found, "item_metadata", found)
         return dict(getattr(tree, "tree", tree))
 

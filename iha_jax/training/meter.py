@@ -35,10 +35,10 @@ class Meter:
     def start(self) -> None:
         self._started = time.perf_counter()
 
-    def stop(self, state: Any) -> None:
-        """Stops the clock; call it before anything that is not training. Waits for the step only on a CPU, where
-        queued steps would otherwise be paid for by whoever comes next."""
-        if jax.default_backend() == "cpu":
+    def stop(self, state: Any, *, wait: bool = False) -> None:
+        """Stops the clock; call it before anything that is not training. Waits for the step if asked to, and always on
+        a CPU, where queued steps would otherwise be paid for by whoever comes next."""
+        if wait or jax.default_backend() == "cpu":
             jax.block_until_ready(state["step"])
         now = time.perf_counter()
         self._seconds += now - self._started

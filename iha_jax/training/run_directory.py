@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from iha_jax.config import Config, ConfigError, as_dict, resolve
-from iha_jax.data.storage import is_local
+from iha_jax.data.storage import check_library, is_local, tidy, write_text
 from iha_jax.parallel.processes import agree, is_first
 
 CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -60,10 +60,11 @@ class RunDirectory:
 
 def check_run(workdir: str, config: Config) -> None:
     """Refuses, writing nothing, a workdir that is a file, holds something else, or a run of another config."""
+    check_library(workdir)
     path = epath.Path(workdir)
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"--workdir={workdir}: is a file; expected a directory, or a name that does not exist")
-    for parent in path.parents:
+    for parent in path.parents if is_local(path) else ():  # a bucket has no folders that a file could be in the way of
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"--workdir={workdir}: {parent} is a file, so nothing can be made under it")
     if not (path / CONFIG).exists():
@@ -154,8 +155,17 @@ def _code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def note_start(run: RunDirectory, facts: dict[str, Any]) -> None:
+    """Adds facts that are known only now to what this start noted in `provenance.json`."""
+    if is_first():
+        provenance = json.loads((run.path / PROVENANCE).read_text())
+        provenance["runs"][-1] |= facts
+        _write(run.path / PROVENANCE, provenance)
+
+
 def load_run_config(workdir: str) -> Config:
     """The config a run was started with. Raises RunDirectoryError when the directory is no run or its config is bad."""
+    check_library(workdir)
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise RunDirectoryError(f"{workdir}: is not a run directory (no {CONFIG})")
@@ -166,9 +176,9 @@ def load_run_config(workdir: str) -> Config:
 
 
 def _write(path: epath.Path, values: dict[str, Any]) -> None:
-    scratch = path.parent / f"{path.name}.tmp"
-    scratch.write_text(json.dumps(values, indent=2) + "\n")
-    scratch.replace(path)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+    if is_local(path):
+        tidy(path.parent)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
