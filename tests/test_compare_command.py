@@ -14,19 +14,13 @@ import numpy as np
 import pytest
 
 from iha_jax import compare
-from iha_jax.comparison.arms import load_comparison, planned_runs, run_config
+from iha_jax.comparison.arms import load_comparison, planned_runs
 from iha_jax.comparison.launch import Launcher
 from iha_jax.data import prepare
 from iha_jax.training import command as training
-from tests.comparisons import config_file, write_run, written
+from tests.comparisons import config_file, ends, write_run, written
 
 ROOT = Path(__file__).parent.parent
-
-
-def ends(main, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
 
 
 class InProcess(Launcher):
@@ -125,7 +119,7 @@ def test_longer_control_runs_for_the_seconds_of_the_last_arm(tmp_path, monkeypat
     comparison = load_comparison(config_file(tmp_path / "files", controls=("longer",)))
     for run in planned_runs(comparison, ()):
         seconds = {"mha": 4.0, "iha": 7.0}[run.arm]
-        write_run(tmp_path / "runs", run, run_config(comparison, run), 3.0, seconds=seconds)
+        write_run(tmp_path / "runs", run, run.config(), 3.0, seconds=seconds)
 
     class Writing(Launcher):
         def __call__(self, command, environment):
@@ -133,7 +127,7 @@ def test_longer_control_runs_for_the_seconds_of_the_last_arm(tmp_path, monkeypat
             assert flags["--config.training.steps"] == "7"  # 4 steps * 7 s / 4 s
             assert flags["--config"].endswith(":mha")
             run = planned_runs(comparison, ())[int(flags["--config.seed"]) * 2]
-            config = run_config(comparison, run)
+            config = run.config()
             longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=7))
             write_run(tmp_path / "runs", dataclasses.replace(run, arm="mha_longer"), longer, 2.9)
             return 0

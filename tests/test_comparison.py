@@ -14,7 +14,6 @@ from iha_jax.comparison.arms import (
     load_comparison,
     longer_steps,
     planned_runs,
-    run_config,
     widened_mlp,
 )
 from iha_jax.comparison.report import report
@@ -112,10 +111,10 @@ def test_sweep_shows_the_same_setting_beside_best_of(tmp_path):
     text = report(comparison, str(workdir), runs)
     same, best = text.split("Best of its learning rates")
     assert "Same setting" in same
-    assert "iha lr 0.001 - mha lr 0.001 = -0.4000" in same
-    assert "iha lr 0.004 - mha lr 0.004 = -0.6000" in same
-    assert "iha lr 0.004 - mha lr 0.001 = -0.5000 ± 0.2484 bits per byte (n = 3)" in best
-    assert "each arm at whichever of its 3 learning rates ended lowest" in best
+    assert "iha lr0.001 - mha lr0.001 = -0.4000" in same
+    assert "iha lr0.004 - mha lr0.004 = -0.6000" in same
+    assert "iha lr0.004 - mha lr0.001 = -0.5000 ± 0.2484 bits per byte (n = 3)" in best
+    assert "each arm at whichever of its learning rates ended lowest" in best
     assert "iha is best at the edge of its sweep (0.004)" in best
     assert "WARNING" not in text
     assert "## Same setting" in (workdir / "comparison.md").read_text()
@@ -128,9 +127,9 @@ def test_a_rate_at_which_a_seed_diverged_is_not_the_best(tmp_path):
     comparison, workdir, runs = written(tmp_path, bits, seeds=3, learning_rates=(1e-3, 2e-3))
     text = report(comparison, str(workdir), runs)
     assert "Diverged (the final loss is no number), and left out: iha/lr0.001/seed1." in text
-    assert "iha lr 0.002 - mha lr 0.001" in text.split("Best of its learning rates")[1]
+    assert "iha lr0.002 - mha lr0.001" in text.split("Best of its learning rates")[1]
     assert "do not have the same seeds" in text
-    assert "iha lr 0.001: 0, 2" in text
+    assert "iha lr0.001: 0, 2" in text
 
 
 def test_unequal_seeds_are_paired_where_both_have_them_and_said(tmp_path):
@@ -144,7 +143,7 @@ def test_unequal_seeds_are_paired_where_both_have_them_and_said(tmp_path):
 def test_without_the_first_arm_there_is_no_difference(tmp_path):
     comparison, workdir, runs = written(tmp_path, final, only=lambda run: run.arm == "iha", learning_rates=(1e-3, 2e-3))
     text = report(comparison, str(workdir), runs)
-    assert "iha lr 0.001: no difference, mha has no finished run" in text
+    assert "iha lr0.001: no difference, mha has no finished run" in text
     assert " - mha" not in text
 
 
@@ -179,7 +178,7 @@ CHANGES = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_runs_that_differ_in_more_than_their_arm_are_said(tmp_path, key):
     comparison, workdir, runs = written(tmp_path, final, only=lambda run: run.folder != "iha/seed1")
-    config = run_config(comparison, runs[-1])
+    config = runs[-1].config()
     for section, values in CHANGES[key].items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
     write_run(workdir, runs[-1], config, 2.8)
@@ -191,7 +190,7 @@ def test_runs_that_differ_in_more_than_their_arm_are_said(tmp_path, key):
 
 def test_other_data_devices_and_seeds_are_said(tmp_path):
     comparison, workdir, runs = written(tmp_path, final, only=lambda run: run.folder != "iha/seed1")
-    other = dataclasses.replace(run_config(comparison, runs[-1]), seed=5)
+    other = dataclasses.replace(runs[-1].config(), seed=5)
     write_run(workdir, runs[-1], other, 2.8, digest="c2", device="TPU v4")
     text = report(comparison, str(workdir), runs)
     assert "differ in corpus_digest: they were not trained on the same data" in text
@@ -202,7 +201,7 @@ def test_other_data_devices_and_seeds_are_said(tmp_path):
 
 def test_unfinished_runs_are_left_out_and_a_report_of_nothing_is_refused(tmp_path):
     comparison, workdir, runs = written(tmp_path, final, only=lambda run: run.seed == 0)
-    write_run(workdir, runs[2], run_config(comparison, runs[2]), 9.9, steps=3)
+    write_run(workdir, runs[2], runs[2].config(), 9.9, steps=3)
     text = report(comparison, str(workdir), runs)
     assert "Not finished, and left out: mha/seed1." in text
     assert "9.9" not in text
@@ -222,7 +221,7 @@ def test_arms_share_data_order_and_initial_weights(tmp_path):
 
     comparison = load_comparison(config_file(tmp_path, arms=("mha", "iha", "big")))
     runs = planned_runs(comparison, ())
-    configs = {(run.arm, run.seed): run_config(comparison, run) for run in runs}
+    configs = {(run.arm, run.seed): run.config() for run in runs}
     assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for seed in (0, 1) for arm in ("mha", "iha", "big")]
 
     # That iha has all of mha's weights is a test of the model; here: big, whose shapes agree in part.
@@ -268,7 +267,7 @@ def test_arms_share_data_order_and_initial_weights(tmp_path):
 def test_controls_spend_what_the_last_arm_costs(tmp_path):
     comparison = load_comparison(config_file(tmp_path, controls=("widened", "longer")))
     runs = planned_runs(comparison, ())
-    models = {run.arm: run_config(comparison, run).model for run in runs}
+    models = {run.arm: run.config().model for run in runs}
     assert list(models) == ["mha", "iha", "mha_widened"]
     wide = models["mha_widened"]
     assert wide.mlp_width == widened_mlp(models["mha"], models["iha"]) > models["mha"].mlp_width

@@ -20,14 +20,13 @@ def write(directory, steps, resume_step=None, **settings):
     with MetricsWriter(directory, resume_step=resume_step, **settings) as writer:
         for step in steps:
             writer.write(row(step))
-        return writer.last_row("train")
+        assert not writer.has_validation(steps[-1])
 
 
 def test_rows_after_the_restored_step_are_dropped(tmp_path):
     write(tmp_path, range(5))
-    last = write(tmp_path, [3, 4, 5], resume_step=2)
+    write(tmp_path, [3, 4, 5], resume_step=2)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
-    assert last == row(5)
     write(tmp_path, [0])  # a run that starts again, having no checkpoint
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0]
 
@@ -88,7 +87,7 @@ def test_progress_says_loss_throughput_and_time_left(stream):
     progress = Progress(steps=10, start_step=2, stream=stream)
     progress.message("before")
     progress.update(4, row(4, seconds=8.0, tokens_per_second=1234.5))
-    progress.close()
+    progress.__exit__(None, None, None)
     text = stream.getvalue()
     assert "before" in text
     assert "loss 0.2000" in text

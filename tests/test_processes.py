@@ -189,12 +189,9 @@ def test_a_signal_to_one_process_saves_one_step_in_all(data, tmp_path):
     long = dict(steps=600, eval_every=600, checkpoint_every=600)
 
     def stop(number, which, after):
-        def started():
-            return (workdir / "metrics.jsonl").exists() and len(metrics_so_far(workdir)) > after
-
         output = tmp_path / f"stop_{which}"
         with Processes(train_command(workdir, data, **long), 2, output=output) as processes:
-            processes.wait_for(started)
+            processes.wait_for(lambda: len(metrics_so_far(workdir)) > after)
             processes.processes[which].send_signal(number)
             assert processes.wait() == [75, 75], processes.texts()
             saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
@@ -210,7 +207,8 @@ def test_a_signal_to_one_process_saves_one_step_in_all(data, tmp_path):
 
 
 def metrics_so_far(workdir):
-    return (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    path = workdir / "metrics.jsonl"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 @pytest.mark.slow
@@ -223,9 +221,9 @@ def test_no_process_outlives_another_by_long(data, tmp_path, trouble):
     with Processes(command, 2, output=tmp_path) as processes:
         survivor, troubled = processes.processes
         if trouble == "is killed":
-            processes.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+            processes.wait_for(lambda: len(metrics_so_far(tmp_path / "run")) > 3)
             troubled.kill()
-        assert troubled.wait(180) != 0
+        assert troubled.wait(600) != 0
         assert survivor.wait(10) != 0
         if trouble == "raises":
             said = processes.texts()

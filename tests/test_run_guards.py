@@ -22,13 +22,13 @@ from iha_jax.training.time_account import CATEGORIES, COMPILE, PRODUCTIVE, SAVE,
 
 
 def test_skipped_steps_are_counted_and_a_row_of_them_ends_the_run():
-    guard = Guard(limit=3, total=5)
+    guard = Guard(limit=3, total=5, last_good=lambda: 2)
     for step, skipped in enumerate([0, 1, 1, 0, 1, 1], 1):
         guard.watch(step, jnp.asarray(bool(skipped)))
     guard.catch_up()
     assert guard.total == 9
     guard.watch(7, jnp.asarray(True))
-    with pytest.raises(TrainingDiverged, match="3 steps in a row, 5 to 7"):
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row, 5 to 7: .* last good checkpoint: step 2"):
         guard.catch_up()
 
 
@@ -47,9 +47,10 @@ def test_a_spike_is_a_loss_far_above_the_median_and_never_nan():
 def test_rollbacks_leave_out_data_and_a_restart_anywhere_sees_the_same(tmp_path):
     run = epath.Path(tmp_path)
     for spike, restored in ((25, 20), (47, 40), (42, 40)):
-        roll_back(run, LossSpike(spike, 9.0, 3.0), restored, limit=3)
+        (tmp_path / "checkpoints" / str(restored)).mkdir(parents=True, exist_ok=True)
+        roll_back(run, LossSpike(spike, 9.0, 3.0), limit=3)
     with pytest.raises(LossSpike, match=r"loss 9\.0000 at step 50"):
-        roll_back(run, LossSpike(50, 9.0, 3.0), 40, limit=3)
+        roll_back(run, LossSpike(50, 9.0, 3.0), limit=3)
     rollbacks = read_rollbacks(run)
     #           steps 1..20: data 0..19    21..40: 25..44      41...: 45 + 7 + 2 = 54...
     expected = [*range(20), *range(25, 45), *range(54, 70)]

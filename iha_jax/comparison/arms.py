@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from iha_jax.accounting import flops_per_token
-from iha_jax.config import Config, ConfigError, ModelConfig
-from iha_jax.config_file import load_config, load_module
+from iha_jax.comparison.runs import Run, plan_runs, sweep_points
+from iha_jax.config import ConfigError, ModelConfig
+from iha_jax.config_file import default_arm, load_config, load_module
+from iha_jax.overrides import Override, grid
 
+KEYS = ("arms", "seeds", "learning_rates", "controls")  # of get_comparison()
 CONTROLS = ("widened", "longer")
 
 
@@ -21,8 +24,7 @@ class Comparison:
 
     path: str
     arms: tuple[str, ...]
-    seeds: int
-    learning_rates: tuple[float, ...]
+    points: tuple[Override, ...]
     controls: tuple[str, ...]
 
     @property
@@ -34,39 +36,25 @@ class Comparison:
         return f"{self.arms[0]}_longer"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of a comparison: an arm, perhaps at a learning rate of its own, with a seed."""
-
-    arm: str
-    base_arm: str
-    seed: int
-    learning_rate: float | None
-    overrides: tuple[str, ...]
-
-    @property
-    def setting(self) -> str:
-        """The arm, and its learning rate where there are several: what the seeds of a row have in common."""
-        return self.arm + ("" if self.learning_rate is None else f" lr {self.learning_rate:g}")
-
-    @property
-    def folder(self) -> str:
-        rate = "" if self.learning_rate is None else f"/lr{self.learning_rate:g}"
-        return f"{self.arm}{rate}/seed{self.seed}"
-
-
 def load_comparison(path: str) -> Comparison:
-    """Reads and checks `get_comparison()` of a config file. Raises ConfigError with every problem."""
+    """Reads and checks `get_comparison()` of a config file; without one, `get_sweep()` is compared, arm by arm.
+
+    Raises:
+      ConfigError: with every problem.
+    """
     if ":" in path:
-        raise ConfigError([f"--config={path}: name the file alone; its get_comparison() says which arms run"])
+        raise ConfigError([f"--config={path}: name the file alone; it says which arms run"])
     module = load_module(path)
     if not hasattr(module, "get_comparison"):
-        raise ConfigError([f"--config={path}: the file defines no get_comparison()"])
+        if not hasattr(module, "get_sweep"):
+            raise ConfigError([f"--config={path}: the file defines no get_comparison() and no get_sweep()"])
+        points = sweep_points(path)
+        arms = dict.fromkeys(str(point.get("arm", default_arm(path))) for point in points)
+        return Comparison(path, tuple(arms), tuple(points), ())
     values = module.get_comparison()
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
-    known = [field.name for field in dataclasses.fields(Comparison) if field.name != "path"]
-    problems = [f"comparison.{key}: no such key; valid keys: {', '.join(known)}" for key in values if key not in known]
-    problems += [f"comparison.{key} is missing" for key in known if key not in values]
+    problems = [f"comparison.{key}: no such key; valid keys: {', '.join(KEYS)}" for key in values if key not in KEYS]
+    problems += [f"comparison.{key} is missing" for key in KEYS if key not in values]
     for key in ("arms", "learning_rates", "controls"):
         if not isinstance(values.get(key, ()), tuple | list):
             problems.append(f"comparison.{key} = {values[key]!r}: expected a tuple")
@@ -74,13 +62,10 @@ def load_comparison(path: str) -> Comparison:
         problems = _check_values(values, tuple(getattr(module, "ARMS", ())))
     if problems:
         raise ConfigError(problems)
-    return Comparison(
-        path,
-        tuple(values["arms"]),
-        values["seeds"],
-        tuple(float(rate) for rate in values["learning_rates"]),
-        tuple(values["controls"]),
-    )
+    axes: dict[str, Sequence[Any]] = {"seed": range(values["seeds"]), "arm": values["arms"]}  # seed 0 of each arm first
+    if values["learning_rates"]:
+        axes["optimizer.learning_rate"] = [float(rate) for rate in values["learning_rates"]]
+    return Comparison(path, tuple(values["arms"]), tuple(grid(axes)), tuple(values["controls"]))
 
 
 def _check_values(values: dict[str, Any], known_arms: Sequence[str]) -> list[str]:
@@ -123,53 +108,27 @@ def planned_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Run]:
     """All runs but those of `longer`, whose length is only known later; seed 0 of every arm first.
 
     Raises:
-      ConfigError: every config is resolved here, so that a bad one is refused before the first run starts.
+      ConfigError: as `plan_runs` does, before the first run starts.
     """
-    _check_overrides(comparison, overrides)
-    arms: list[tuple[str, str, tuple[str, ...]]] = [(arm, arm, ()) for arm in comparison.arms]
+    runs = plan_runs(comparison.path, comparison.points, overrides)
     if "widened" in comparison.controls:
-        first, last = (resolved(comparison, arm, overrides).model for arm in (comparison.arms[0], comparison.arms[-1]))
+        ends = (comparison.arms[0], comparison.arms[-1])
+        first, last = (load_config(f"{comparison.path}:{arm}", overrides).model for arm in ends)
         width = widened_mlp(first, last)
         if width > first.mlp_width:  # else the control would be the first arm again
-            arms.append((comparison.widened, comparison.arms[0], (f"model.mlp_width={width}",)))
-    rates = comparison.learning_rates or (None,)
-    runs = []
-    for seed in range(comparison.seeds):
-        for arm, base_arm, extra in arms:
-            for rate in rates:
-                chosen = () if rate is None else (f"optimizer.learning_rate={rate!r}",)
-                runs.append(Run(arm, base_arm, seed, rate, (*overrides, *extra, *chosen, f"seed={seed}")))
+            runs += _controls(runs, comparison.arms[0], comparison.widened, f"model.mlp_width={width}")
+            runs.sort(key=lambda run: run.seed)
     for run in runs:
-        run_config(comparison, run)
+        run.config()
     return runs
-
-
-def _check_overrides(comparison: Comparison, overrides: Sequence[str]) -> None:
-    names = [override.partition("=")[0] for override in overrides]
-    problems = []
-    if "seed" in names:
-        problems.append("--config.seed: a comparison sets the seed of each run; comparison.seeds says how many")
-    if comparison.learning_rates and "optimizer.learning_rate" in names:
-        problems.append("--config.optimizer.learning_rate: comparison.learning_rates sets it for each run")
-    if problems:
-        raise ConfigError(problems)
 
 
 def longer_runs(comparison: Comparison, runs: Sequence[Run], steps: int | None = None) -> list[Run]:
     """The first arm's runs again, as `<arm>_longer`, trained for `steps` steps (None: not known yet)."""
-    first = comparison.arms[0]
     extra = () if steps is None else (f"training.steps={steps}",)
-    return [
-        dataclasses.replace(run, arm=comparison.longer, overrides=(*run.overrides, *extra))
-        for run in runs
-        if run.arm == first
-    ]
+    return _controls(runs, comparison.arms[0], comparison.longer, *extra)
 
 
-def resolved(comparison: Comparison, arm: str, overrides: Sequence[str]) -> Config:
-    return load_config(f"{comparison.path}:{arm}", overrides)
-
-
-def run_config(comparison: Comparison, run: Run) -> Config:
-    """The config that `run` trains."""
-    return resolved(comparison, run.base_arm, run.overrides)
+def _controls(runs: Sequence[Run], arm: str, name: str, *extra: str) -> list[Run]:
+    """The runs of `arm` again under another name, with more overrides."""
+    return [dataclasses.replace(run, arm=name, overrides=(*run.overrides, *extra)) for run in runs if run.arm == arm]

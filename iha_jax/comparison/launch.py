@@ -1,11 +1,23 @@
 """Starting runs one after another as processes of their own, and stopping when asked to."""
 
+import os
+import shlex
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Self
 
+from etils import epath
+
+from iha_jax.comparison.results import is_finished
+from iha_jax.comparison.runs import Run
+from iha_jax.training.run_directory import check_run
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FAILED, PREEMPTED = 1, 75
 
 
 class Launcher:
@@ -42,3 +54,60 @@ class Launcher:
             return process.wait()
         finally:
             self._process = None
+
+
+def check_runs(workdir: str, runs: Sequence[Run]) -> None:
+    """Raises ValueError, before anything is trained, when a run's directory cannot be used for it: above all when a
+    finished run had another config, which would otherwise stand in the same table."""
+    if epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
+        raise ValueError(f"--workdir={workdir}: is a file; expected a directory")
+    for run in runs:
+        check_run(str(epath.Path(workdir) / run.folder), run.config())
+
+
+def run_all(
+    workdir: str,
+    runs: Sequence[Run],
+    launcher: Launcher,
+    say: Callable[[str], None],
+    *,
+    keep_going: bool = False,
+    flags: Sequence[str] = (),
+) -> int:
+    """Runs what is not finished, in order, each by `train.py`'s command with `flags` added.
+
+    Returns 0, 75 when interrupted (whatever was under way goes on next time), or the exit code of the first run that
+    failed. With `keep_going` the others still run, the failed ones are named at the end, and the code is 1, or 75 when
+    all of them were preempted.
+    """
+    waiting = [run for run in runs if not is_finished(epath.Path(workdir) / run.folder)]
+    if len(waiting) < len(runs):
+        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
+    cache = str((epath.Path(workdir) / ".jax_cache").resolve())
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ
+    began, failed = time.monotonic(), {}
+    for number, run in enumerate(waiting, 1):
+        if launcher.interrupted:
+            break
+        say(f"run {number} of {len(waiting)}: {run.folder}")
+        command = [sys.executable, "-m", "iha_jax.training", *run.flags(workdir), *flags]
+        code = launcher(command, environment)
+        if launcher.interrupted and code in (PREEMPTED, *(-number for number in SIGNALS)):
+            break
+        if code:
+            say(f"{run.folder} ended with exit code {code}. The same command goes on from there; that run alone:")
+            say("  " + shlex.join(command))
+            failed[run.folder] = code if code > 0 else 128 - code
+            if not keep_going:
+                return failed[run.folder]
+            continue
+        elapsed = time.monotonic() - began
+        left = elapsed / number * (len(waiting) - number)
+        say(f"finished {run.folder}; {elapsed:.0f} s so far, about {left:.0f} s left")
+    if failed:
+        listed = "".join(f"\n  {folder} (exit code {code})" for folder, code in failed.items())
+        say(f"{len(failed)} of {len(waiting)} runs did not end well:{listed}")
+    if launcher.interrupted:
+        say("interrupted; the same command goes on from here")
+        return PREEMPTED
+    return 0 if not failed else PREEMPTED if set(failed.values()) == {PREEMPTED} else FAILED

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from iha_jax.comparison import verdict
-from iha_jax.comparison.arms import Comparison, Run, longer_runs
+from iha_jax.comparison.arms import Comparison, longer_runs
 from iha_jax.comparison.figure import draw
 from iha_jax.comparison.results import read_results
+from iha_jax.comparison.runs import Run
 from iha_jax.comparison.table import Row, best_of, csv_text, make_rows, markdown_table, terminal_table
 
 NOTES = (
@@ -32,11 +33,12 @@ def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
     if not rows:
         why = " ".join(verdict.left_out(found, comparison)) or "there is nothing of this comparison."
         raise ValueError(f"--workdir={workdir}: no finished run to report. {why}")
-    best = best_of(rows, comparison.arms[0]) if comparison.learning_rates else None
+    swept = verdict.swept_name(runs)
+    best = best_of(rows, comparison.arms[0]) if swept else None
     sections = [("Same setting" if best else "", rows, verdict.differences(rows, comparison.arms[0]))]
     if best:
-        words = verdict.choice(rows, best, comparison.learning_rates)
-        sections.append(("Best of its learning rates", best, verdict.differences(best, comparison.arms[0]) + words))
+        words = verdict.choice(rows, best, runs)
+        sections.append((f"Best of its {swept}", best, verdict.differences(best, comparison.arms[0]) + words))
     remarks = [
         *verdict.mismatches(rows),
         *verdict.seeds(rows),

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from iha_jax.comparison.arms import Run
+from iha_jax.comparison.runs import Run
 from iha_jax.config import Config
 from iha_jax.training.metrics import FILE, read_metrics
 from iha_jax.training.run_directory import CONFIG, PROVENANCE, load_run_config
@@ -84,7 +84,7 @@ def is_finished(directory: epath.PathLike) -> bool:
 
 
 def read_results(workdir: epath.PathLike, runs: Sequence[Run]) -> Found:
-    """Reads each of `runs` from `workdir/<arm>/seed<k>` or `workdir/<arm>/lr<x>/seed<k>`, finished or not."""
+    """Reads each of `runs` from its directory under `workdir`, finished or not."""
     workdir = epath.Path(workdir)
     found = Found([], [], [], [])
     if not workdir.is_dir():

@@ -10,6 +10,7 @@ from typing import Any
 from iha_jax.accounting import Flops, Parameters, count_parameters, flops_per_token
 from iha_jax.comparison.results import Result
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
+from iha_jax.overrides import settings_name
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,19 @@ class Row:
 
 
 def make_rows(results: Sequence[Result], arms: Sequence[str]) -> list[Row]:
-    """A row an arm, in the order of `arms`, and where an arm had several learning rates one each.
+    """A row an arm, in the order of `arms`, and where an arm had several settings one each, in order of appearance.
 
-    A row is compared with the first arm in the same setting, that is at the same learning rate. `results` must be
+    A row is compared with the first arm at the same settings, for instance the same learning rate. `results` must be
     finished and must not have diverged.
     """
-    groups: dict[tuple[int, float], list[Result]] = {}
+    settings: list[tuple[tuple[str, Any], ...]] = []
+    groups: dict[tuple[int, int], list[Result]] = {}
     for result in results:
-        groups.setdefault((arms.index(result.run.arm), result.run.learning_rate or 0.0), []).append(result)
-    return [make_row(groups[arm, rate], groups.get((0, rate)) if arm else None) for arm, rate in sorted(groups)]
+        if result.run.settings not in settings:
+            settings.append(result.run.settings)
+        place = arms.index(result.run.arm), settings.index(result.run.settings)
+        groups.setdefault(place, []).append(result)
+    return [make_row(groups[arm, at], groups.get((0, at)) if arm else None) for arm, at in sorted(groups)]
 
 
 def make_row(group: Sequence[Result], baseline: Sequence[Result] | None) -> Row:
@@ -65,10 +70,10 @@ def make_row(group: Sequence[Result], baseline: Sequence[Result] | None) -> Row:
 
 
 def best_of(rows: Sequence[Row], first: str) -> list[Row]:
-    """Each arm at the learning rate with its lowest mean bits per byte, compared with arm `first` at its own.
+    """Each arm at the settings with its lowest mean bits per byte, compared with arm `first` at its own.
 
-    Of an arm's learning rates only those with its largest number of seeds are candidates: a rate at which a seed
-    diverged, or is not finished, must not win by the seeds that are left.
+    Of an arm's settings only those with its largest number of seeds are candidates: one at which a seed diverged, or
+    is not finished, must not win by the seeds that are left.
     """
     chosen: dict[str, Row] = {}
     for arm in dict.fromkeys(row.arm for row in rows):
@@ -102,6 +107,7 @@ COLUMNS = (
 
 CSV_COLUMNS = (
     "arm",
+    "settings",
     "seed",
     "learning_rate",
     "finished",
@@ -168,7 +174,8 @@ def csv_text(results: Sequence[Result]) -> str:
         if not r.val or not r.train:
             continue
         parameters, flops, final = count_parameters(r.config.model), flops_per_token(r.config.model), r.final
-        line: list[Any] = [r.run.arm, r.run.seed, r.config.optimizer.learning_rate, r.finished, final["step"]]
+        settings = settings_name(dict(r.run.settings))
+        line: list[Any] = [r.run.arm, settings, r.run.seed, r.config.optimizer.learning_rate, r.finished, final["step"]]
         line += [parameters.total, parameters.attention, parameters.mixing]
         line += [flops.total, flops.projections, flops.scores, flops.mixing, flops.mlp, flops.output]
         line += [final[name] for name in ("loss", "bits_per_byte", "tokens", "flops", "seconds")]

@@ -5,11 +5,13 @@ from typing import Any
 
 from iha_jax.comparison.arms import Comparison
 from iha_jax.comparison.results import Found, Result
+from iha_jax.comparison.runs import Run
 from iha_jax.comparison.table import Row
 from iha_jax.config import as_dict
 from iha_jax.training.run_directory import FREE, flat
 
 PARAMETER_TOLERANCE, FLOPS_TOLERANCE = 0.01, 0.05
+RATES = "learning rates"
 DIGESTS = ("corpus_digest", "tokenizer_digest", "rows_digest")
 
 
@@ -58,15 +60,15 @@ def seeds(rows: Sequence[Row]) -> list[str]:
 
 def inconsistencies(results: Sequence[Result], comparison: Comparison) -> list[str]:
     """Warnings for everything but the model that differs between the runs, and for seeds of one setting that differ in
-    the model. Not said: the length of the `longer` control, the learning rates of a sweep, and what cannot change a
-    result."""
+    the model. Not said: the length of the `longer` control, what a sweep sets, and what cannot change a result."""
     sentences = []
     settings = {r.run.folder: flat(as_dict(r.config)) for r in results}
+    swept = {key for r in results for key, _ in r.run.settings}
     data_model = ("model.vocab_size", "model.context_length", "model.compute_dtype")
     for key in sorted({key for values in settings.values() for key in values}):
         if key in FREE or key == "seed" or (key.startswith("model.") and key not in data_model):
             continue
-        if key == "optimizer.learning_rate" and comparison.learning_rates:
+        if key in swept:
             continue
         values = {
             r.run.folder: settings[r.run.folder].get(key)
@@ -116,22 +118,29 @@ def left_out(found: Found, comparison: Comparison) -> list[str]:
     ]
 
 
-def choice(rows: Sequence[Row], best: Sequence[Row], rates: Sequence[float]) -> list[str]:
-    """What "best of" means, and arms whose best learning rate is the lowest or highest tried."""
+def choice(rows: Sequence[Row], best: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+    """What "best of" means, and, where `runs` differ in the learning rate alone, arms that are best at its edge."""
+    what, rates = swept_name(runs), sorted({run.learning_rate for run in runs if run.learning_rate is not None})
     sentences = [
-        f"Best of: each arm at whichever of its {len(rates)} learning rates ended lowest, so these numbers are "
-        "optimistic, about equally for arms with equally many rates."
+        f"Best of: each arm at whichever of its {what} ended lowest, so these numbers are optimistic, about equally "
+        f"for arms with equally many {what}."
     ]
-    if len(rates) > 2:
+    if what == RATES and len(rates) > 2:
         for row in best:
             rate = row.results[0].run.learning_rate
-            if rate in (min(rates), max(rates)):
+            if rate in (rates[0], rates[-1]):
                 sentences.append(f"{row.arm} is best at the edge of its sweep ({rate:g}): its optimum may lie outside.")
     tried = {row.arm: sum(other.arm == row.arm for other in rows) for row in rows}
     if len(set(tried.values())) > 1:
         listed = ", ".join(f"{arm}: {count}" for arm, count in tried.items())
-        sentences.append(f"The arms have finished runs at different numbers of learning rates ({listed}).")
+        sentences.append(f"The arms have finished runs at different numbers of {what} ({listed}).")
     return sentences
+
+
+def swept_name(runs: Sequence[Run]) -> str:
+    """What the runs of one arm differ in, the seed apart: learning rates, settings in general, or nothing ("")."""
+    keys = {key for run in runs for key, _ in run.settings}
+    return "" if not keys else RATES if keys == {"optimizer.learning_rate"} else "settings"
 
 
 def _differing(what: str, values: Mapping[str, Any]) -> list[str]:

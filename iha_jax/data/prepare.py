@@ -25,7 +25,7 @@ from etils import epath
 from iha_jax.data.dataset import write_dataset
 from iha_jax.data.documents import Listing, list_files, list_stored
 from iha_jax.data.rows import open_rows
-from iha_jax.data.storage import is_local
+from iha_jax.data.storage import absolute
 from iha_jax.data.text import EMBEDDED, is_prepared
 from iha_jax.data.tokenizers import load_tokenizer
 
@@ -69,7 +69,7 @@ def _prepare(flags: argparse.Namespace) -> None:
         raise ValueError("--splits: expected some names, such as train,validation")
     source, text_feature = flags.input, flags.text_feature
     if flags.output:
-        target, folder = _absolute(flags.output), _absolute(flags.input)
+        target, folder = absolute(flags.output), absolute(flags.input)
         if target == folder or folder in target.parents:
             raise ValueError(f"--output={flags.output}: lies in --input={flags.input}, and would be its own input")
         listing = _listing(flags, splits)
@@ -89,11 +89,6 @@ def _prepare(flags: argparse.Namespace) -> None:
                 workers=flags.workers,
             )
             print(f"{split}: {len(rows):,} rows of {rows.context_length} tokens, {rows.num_bytes:,} bytes")
-
-
-def _absolute(path: str) -> epath.Path:
-    found = epath.Path(path).expanduser()
-    return found.resolve() if is_local(found) else found
 
 
 def _listing(flags: argparse.Namespace, splits: list[str]) -> Listing:

@@ -8,19 +8,44 @@ import contextlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.config
 from etils import epath
 
+# A client remembers the listings of its bucket, but other processes write there too: a run, its comparison, its reader.
+for _protocol in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+
+PERMANENT = (PermissionError, FileNotFoundError, IsADirectoryError, ImportError)  # trying again would not help
 SCRATCH = ".incomplete"  # half-written files of a local directory, under their host's name and process's id
 
 
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is of this machine's file system rather than of a bucket."""
     return "://" not in os.fspath(path)
+
+
+def check_library(path: epath.PathLike) -> None:
+    """Raises ValueError, naming what to install, for a path in a bucket whose file system is not installed."""
+    if not is_local(path):
+        protocol = os.fspath(path).partition("://")[0]
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: cannot be reached: {error}") from error
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that stays what it is when the working directory changes; a bucket's is one already, and resolving it
+    would make a local path of it."""
+    check_library(path)
+    found = epath.Path(path).expanduser()
+    return found.resolve() if is_local(found) else found
 
 
 @contextlib.contextmanager
@@ -51,6 +76,21 @@ def write_text(path: epath.Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     with writing(path) as scratch:
         Path(scratch).write_text(text, encoding="utf-8")
+
+
+def send(file: epath.PathLike, path: epath.Path, *, attempts: int = 4, seconds: float = 1.0) -> None:
+    """Copies a local file to `path`, whole. What fails is tried again after 1, 2, 4, ... times `seconds`; the last
+    failure, or one of `PERMANENT`, is raised."""
+    for attempt in range(attempts):
+        try:
+            epath.Path(file).copy(path, overwrite=True)
+            return
+        except PERMANENT:
+            raise
+        except Exception:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(seconds * 2**attempt)
 
 
 def tidy(directory: epath.Path, *folders: str) -> None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from iha_jax.parallel.start import add_process_flags, common_flags, start_processes
-
-REFUSED = 2
+from iha_jax.training.command import CACHE_HELP, REFUSED
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new_tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " the workdir")
     add_process_flags(parser)
     return parser
 
@@ -125,6 +125,7 @@ def _task_names(flags: argparse.Namespace) -> list[str]:
     """The tasks asked for. Raises ValueError before the work is done for what could not be done or written after it."""
     from etils import epath
 
+    from iha_jax.data.storage import is_local
     from iha_jax.parallel.processes import is_first
 
     names = [name for name in flags.tasks.split(",") if name]
@@ -133,7 +134,7 @@ def _task_names(flags: argparse.Namespace) -> list[str]:
     if flags.new_tokens < 1 or not flags.temperature >= 0:
         raise ValueError(f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0")
     out = epath.Path(flags.out) if flags.out and is_first() else None
-    if out and (out.is_dir() or not out.parent.is_dir()):
+    if out and (out.is_dir() or (is_local(out) and not out.parent.is_dir())):
         raise ValueError(f"--out={flags.out}: expected a file name in a directory that exists")
     return names
 
@@ -144,11 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.parallel.processes import agree, is_first
+    from iha_jax.training.compilation_cache import use_cache
 
     try:
         start_processes(flags)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes a note, for those who save
         names = agree(lambda: _task_names(flags), lambda _: common_flags(flags))
+        use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)
         results = {name: TASKS[name](run, flags) for name in names}
     except ValueError as error:

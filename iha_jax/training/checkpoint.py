@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from iha_jax.data.storage import absolute, is_local
 from iha_jax.parallel.processes import is_first, of_all, of_first
 from iha_jax.training.fingerprint import inspect
 from iha_jax.training.manifest import FILE as MANIFEST
@@ -59,7 +60,7 @@ class Checkpointer:
     """The checkpoints of one run directory. A state is stored as a flat dictionary from names to arrays."""
 
     def __init__(self, directory: epath.PathLike, *, writable: bool):
-        self._directory = epath.Path(directory)
+        self._directory = absolute(directory)
         self._writable = writable
         self._manager = self._open()
         self._saving: int | None = None
@@ -72,7 +73,7 @@ class Checkpointer:
             create=self._writable,
             save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
-        return ocp.CheckpointManager(self._directory.resolve(), options=options)
+        return ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -84,11 +85,12 @@ class Checkpointer:
         return self._directory / str(step)
 
     def steps(self) -> list[int]:
-        """The steps on disk, as the directory lists them; the one being saved is not among them before `confirm`."""
+        """The finished steps, as the directory lists them; the one being saved is not among them before `confirm`. In a
+        bucket an unfinished one has its final name already."""
         if not self._directory.exists():
             return []
-        found = (int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-        return sorted(step for step in found if step != self._saving)
+        found = [path for path in self._directory.iterdir() if path.name.isdigit() and path.name != str(self._saving)]
+        return sorted(int(path.name) for path in found if is_local(path) or ocp.utils.is_checkpoint_finalized(path))
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -276,7 +278,7 @@ class Checkpointer:
     def _stored(self, step: int) -> dict[str, Any]:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.metadata(self.path(step).resolve() / "state")
+                found = reader.metadata(self.path(step) / "state")
             tree = getattr(found, "item_metadata", found)
             return dict(getattr(tree, "tree", tree))
         except Exception as error:
@@ -288,7 +290,7 @@ class Checkpointer:
         )
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return reader.restore(self.path(step).resolve() / "state", args=arguments)
+                return reader.restore(self.path(step) / "state", args=arguments)
         except Exception as error:
             raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its arrays are unreadable: {error}") from error
 

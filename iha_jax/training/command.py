@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from iha_jax.parallel.start import add_process_flags, start_processes
+from iha_jax.training.start_up import StartUp
 
 REFUSED = 2
 
@@ -23,6 +24,9 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(REFUSED)
 
 
+CACHE_HELP = "folder or bucket of compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else .jax_cache beside"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 75 preempted and saved (run the same command again), 2 refused input, else a failure."""
     overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -33,19 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--config", required=True, help="a config file, or FILE:ARM where it has several arms")
     parser.add_argument("--workdir", required=True, help="the run directory")
+    parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " the workdir")
+    parser.add_argument("--profile_steps", default="", help="START:STOP, steps to trace into WORKDIR/profile")
     add_process_flags(parser)
     flags = parser.parse_args(rest)
+    start_up = StartUp()
 
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.config_file import load_config
     from iha_jax.parallel.processes import agree
+    from iha_jax.training.compilation_cache import use_cache
     from iha_jax.training.loop import admit, train
     from iha_jax.training.run_directory import common_facts
 
+    start_up.mark("imports")
     try:
         start_processes(flags)
+        use_cache(flags.compilation_cache, flags.workdir)
         config = agree(lambda: load_config(flags.config, overrides), lambda config: common_facts(config, flags.workdir))
-        job = admit(config, flags.workdir)
+        job = admit(config, flags.workdir, flags.profile_steps)
     except ValueError as error:
         refuse(error)
-    sys.exit(train(job))
+    start_up.mark("data")
+    sys.exit(train(job, start_up))

@@ -1,6 +1,7 @@
 """Counting skipped steps, and ending a run that skips too many in a row."""
 
 from collections import deque
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ class TrainingDiverged(RuntimeError):  # noqa: N818  it is what happened
 class Guard:
     """Reads the `skipped` flag of every step, a little behind; `limit` of them in a row raise TrainingDiverged."""
 
-    def __init__(self, limit: int, total: int = 0):
-        self._limit = limit
-        self.total = total  # since step 0
+    def __init__(self, limit: int, total: int, last_good: Callable[[], int | None]):
+        """`total`: skipped steps so far; `last_good`: gives the step of the newest checkpoint, for the message."""
+        self._limit, self._last_good = limit, last_good
+        self.total = total
         self._row = 0
         self._unread: deque[tuple[int, jax.Array]] = deque()
 
@@ -41,5 +43,5 @@ class Guard:
             if self._row >= self._limit:
                 raise TrainingDiverged(
                     f"loss or gradient was not finite in {self._row} steps in a row, {step - self._row + 1} to {step}: "
-                    f"none of them was applied"
+                    f"none of them was applied; last good checkpoint: step {self._last_good()}"
                 )

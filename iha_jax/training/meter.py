@@ -15,8 +15,8 @@ from iha_jax.training.time_account import PRODUCTIVE, TimeAccount
 
 
 class Meter:
-    """Totals since step 0, carried over restarts. `seconds` are those between `start` and `stop`: training alone counts,
-    not compilation, evaluation or saving."""
+    """Totals since step 0, carried over restarts. `seconds` are those between `start` and `stop`: training alone
+    counts, not compilation, evaluation or saving."""
 
     def __init__(self, config: Config, mesh: Mesh, carried: dict[str, Any], clock: TimeAccount):
         self._config, self._clock = config, clock
@@ -34,10 +34,10 @@ class Meter:
     def start(self) -> None:
         self._clock.enter(PRODUCTIVE)
 
-    def stop(self, state: Any, then: str) -> None:
-        """What follows is `then`, a category of wall time. Waits for the step only on a CPU, where queued steps would
-        otherwise be paid for by whoever comes next."""
-        if jax.default_backend() == "cpu":
+    def stop(self, state: Any, then: str, *, wait: bool = False) -> None:
+        """What follows is `then`, a category of wall time. Waits for the step if asked to, and always on a CPU, where
+        queued steps would otherwise be paid for by whoever comes next."""
+        if wait or jax.default_backend() == "cpu":
             jax.block_until_ready(state["step"])
         self._clock.enter(then)
 
@@ -61,10 +61,8 @@ class Meter:
         steps so far that changed nothing, the schedule included."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._read_counts()
-        steps, tokens, seconds = (
-            now - then for now, then in zip((self._steps, self._tokens, self._clock.productive), self._window, strict=True)
-        )
-        self._window = (self._steps, self._tokens, self._clock.productive)
+        before, self._window = self._window, (self._steps, self._tokens, self._clock.productive)
+        steps, tokens, seconds = (now - then for now, then in zip(self._window, before, strict=True))
         flops_per_second = self._flops_per_step * steps / seconds
         return {
             "step": step,

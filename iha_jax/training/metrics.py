@@ -4,10 +4,14 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from typing import Any, Self
 
-import jax
 from etils import epath
+
+from iha_jax.data.storage import is_local
+from iha_jax.parallel.processes import is_first, of_first
+from iha_jax.training.staging import Staging
 
 FILE = "metrics.jsonl"
 
@@ -34,51 +38,66 @@ class MetricsWriter:
     """Appends rows, one flat JSON object a line, flushed each time. Numbers that are not finite become null.
 
     On resume (`resume_step` not None) rows after that step are dropped; on a new start all are. Only process 0 writes.
+    In a bucket the file is replaced now and then by a longer one (`Staging`); after `flush` it has every row.
     """
 
     def __init__(
         self, directory: epath.PathLike, *, resume_step: int | None, tensorboard: bool = False, wandb_project: str = ""
     ):
-        self._path = epath.Path(directory) / FILE
-        self._active = jax.process_index() == 0
-        kept = read_metrics(self._path) if resume_step is not None else []
-        self._rows = [row for row in kept if row["step"] <= (resume_step or 0)]
-        self._sinks = self._open_sinks(epath.Path(directory), tensorboard, wandb_project) if self._active else []
+        path = epath.Path(directory) / FILE
+        self._active = is_first()
+        kept = read_metrics(path) if resume_step is not None else []
+        self._sinks: list[Any] = []
         if self._active:
-            scratch = self._path.parent / f"{FILE}.tmp"
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-            scratch.replace(self._path)
-            self._file = open(os.fspath(self._path), "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
+            self._staging = Staging(directory, resume=resume_step is not None)
+            left = read_metrics(self._staging.folder / FILE) if resume_step is not None else []
+            if left[: len(kept)] == kept:  # in a bucket: a crash left rows here that never reached it
+                kept = left
+        self._rows = [row for row in kept if row["step"] <= (resume_step or 0)]
+        if self._active:
+            self._open(self._staging.folder / FILE)
+            if tensorboard:
+                self._sinks.append(_TensorBoard(self._staging.folder / "tensorboard"))
+            if wandb_project:
+                self._sinks.append(_Wandb(epath.Path(directory), wandb_project))
 
-    def _open_sinks(self, directory: epath.Path, tensorboard: bool, wandb_project: str) -> list[Any]:
-        sinks: list[Any] = []
-        if tensorboard:
-            sinks.append(_TensorBoard(directory / "tensorboard"))
-        if wandb_project:
-            sinks.append(_Wandb(directory, wandb_project))
-        return sinks
+    def _open(self, path: epath.Path) -> None:
+        scratch = path.parent / f"{FILE}.tmp"
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        scratch.replace(path)
+        self._file = open(os.fspath(path), "a", encoding="utf-8")  # noqa: SIM115  closed in __exit__
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
-            self._file.close()
         for sink in self._sinks:
             sink.close()
+        if self._active:
+            self._file.close()
+            self._staging.close()
 
     def write(self, row: dict[str, Any]) -> None:
         row = {name: _finite(value) for name, value in row.items()}
         self._rows.append(row)
+        for sink in self._sinks:
+            sink.write(row)
         if self._active:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        for sink in self._sinks:
-            sink.write(row)
+            self._staging.offer()
 
-    def last_row(self, split: str) -> dict[str, Any] | None:
-        """The newest row of a split, those of before a resume included."""
-        return next((row for row in reversed(self._rows) if row["split"] == split), None)
+    def flush(self) -> None:
+        """Returns when the run directory has every row. Call it before a checkpoint is saved: a run that resumes there
+        must not lack the rows before it."""
+        for sink in self._sinks:
+            sink.flush()
+        if self._active:
+            self._staging.flush()
+
+    def has_validation(self, step: int) -> bool:
+        """Whether process 0 has the `val` row of a step, rows of before a resume included."""
+        return of_first(any(row["split"] == "val" and row["step"] == step for row in self._rows))
 
 
 def _finite(value: Any) -> Any:
@@ -107,6 +126,9 @@ class _TensorBoard:
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -119,13 +141,16 @@ class _Wandb:
         id_file = directory / "wandb_id.txt"
         run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(8)
         id_file.write_text(run_id)
-        self._run = wandb.init(
-            project=project, dir=os.fspath(directory), name=directory.name, id=run_id, resume="allow"
-        )
+        # Its own files are its own to upload: beside a bucket they need only lie somewhere.
+        folder = os.fspath(directory) if is_local(directory) else tempfile.gettempdir()
+        self._run = wandb.init(project=project, dir=folder, name=directory.name, id=run_id, resume="allow")
 
     def write(self, row: dict[str, Any]) -> None:
         values = {f"{row['split']}/{k}": v for k, v in row.items() if k not in ("step", "split") and v is not None}
         self._run.log(values, step=row["step"])
+
+    def flush(self) -> None:
+        pass  # wandb uploads by itself
 
     def close(self) -> None:
         self._run.finish()

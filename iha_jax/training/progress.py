@@ -1,9 +1,17 @@
 """What a terminal sees of a run: a progress bar there, plain lines elsewhere."""
 
 import sys
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
+
+from iha_jax.parallel.processes import is_first
+
+
+def tell(text: str) -> None:
+    """What is to be said before there is a `Progress`; process 0 says it."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -17,6 +25,13 @@ class Progress:
         if self._stream.isatty() and not quiet:
             self._bar = tqdm(total=steps, initial=start_step, unit="step", file=self._stream, dynamic_ncols=True)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def update(self, step: int, row: dict[str, Any]) -> None:
         loss = row["loss"] if row["loss"] is not None else float("nan")
         rate = f"{row['tokens_per_second']:,.0f} tokens/s"
@@ -27,15 +42,14 @@ class Progress:
         left = row["seconds"] / step * (self._steps - step)
         self.message(f"step {step}/{self._steps}: loss {loss:.4f}, {rate}, {_duration(left)} left")
 
+    def validated(self, step: int, row: dict[str, Any]) -> None:
+        self.message(f"step {step}: validation loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte")
+
     def message(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif not self._quiet:
             print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ import jax
 from etils import epath
 
 from iha_jax.config import Config, ConfigError, as_dict, resolve
+from iha_jax.data.storage import check_library, is_local, tidy, write_text
 from iha_jax.parallel.processes import agree, is_first
 
 CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -66,10 +67,11 @@ class RunDirectory:
 
 def check_run(workdir: str, config: Config) -> None:
     """Refuses, writing nothing, a workdir that is a file, holds something else, or a run of another config."""
+    check_library(workdir)
     path = epath.Path(workdir)
     if path.exists() and not path.is_dir():
         raise RunDirectoryError(f"--workdir={workdir}: is a file; expected a directory, or a name that does not exist")
-    for parent in path.parents:
+    for parent in path.parents if is_local(path) else ():  # a bucket has no folders that a file could be in the way of
         if parent.exists() and not parent.is_dir():
             raise RunDirectoryError(f"--workdir={workdir}: {parent} is a file, so nothing can be made under it")
     if not (path / CONFIG).exists():
@@ -143,7 +145,8 @@ def _check_shared(path: epath.Path) -> None:
 def common_facts(config: Config, workdir: str) -> dict[str, Any]:
     """What must be the same in all processes of a run: config, run directory, this code, and the packages below it."""
     facts = {f"config.{name}": value for name, value in flat(as_dict(config)).items()}
-    facts |= {"--workdir": os.fspath(epath.Path(workdir).resolve()), "code of iha_jax": _code_digest()}
+    place = os.fspath(epath.Path(workdir).resolve() if is_local(workdir) else workdir)
+    facts |= {"--workdir": place, "code of iha_jax": _code_digest()}
     return facts | {f"version of {name}": _version(name) for name in _PACKAGES if name != "iha_jax"}
 
 
@@ -159,8 +162,17 @@ def _code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def note_start(run: RunDirectory, facts: dict[str, Any]) -> None:
+    """Adds facts that are known only now to what this start noted in `provenance.json`."""
+    if is_first():
+        provenance = json.loads((run.path / PROVENANCE).read_text())
+        provenance["runs"][-1] |= facts
+        _write(run.path / PROVENANCE, provenance)
+
+
 def load_run_config(workdir: str) -> Config:
     """The config a run was started with. Raises RunDirectoryError when the directory is no run or its config is bad."""
+    check_library(workdir)
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise RunDirectoryError(f"{workdir}: is not a run directory (no {CONFIG})")
@@ -178,9 +190,9 @@ def _with_younger_fields(values: Any) -> Any:
 
 
 def _write(path: epath.Path, values: dict[str, Any]) -> None:
-    scratch = path.parent / f"{path.name}.tmp"
-    scratch.write_text(json.dumps(values, indent=2) + "\n")
-    scratch.replace(path)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+    if is_local(path):
+        tidy(path.parent)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer, SaveFailed
+from iha_jax.training.checkpoint import CheckpointCorrupt, Checkpointer, SaveFailed, StateNotFinite
 
 Metadata = Callable[[], dict[str, Any]]  # asked only when something is saved
 ATTEMPTS = 3  # saves in a row that may fail before a run ends
@@ -24,13 +24,14 @@ class Saves:
     def __init__(
         self, checkpoints: Checkpointer, *, every: int, keep: int, verified: int | None, tell: Callable[[str], None]
     ):
+        """`verified`: the step that the run was restored from."""
         self._checkpoints, self._every, self._keep, self._tell = checkpoints, every, keep, tell
         self._verified = verified
         self._failures = 0
 
-    def after_step(self, step: int, state: Any, metadata: Metadata, *, now: bool = False) -> None:
-        """Saves at every `every`-th step, `now`, and after a failed save; otherwise looks after the one under way."""
-        due = now or step % self._every == 0
+    def after_step(self, step: int, state: Any, metadata: Metadata) -> None:
+        """Saves when a save is due, and after a failed one; otherwise looks after the one under way."""
+        due = step % self._every == 0
         if due or not self._checkpoints.saving():
             self._confirm()
         if (due or self._failures) and step not in self._checkpoints.common_steps():
@@ -72,11 +73,14 @@ class Saves:
             action()
         except SaveFailed as error:
             self._failed(error)
+        except StateNotFinite as error:
+            error.add_note(f"last good checkpoint: step {self._checkpoints.latest_step()}")
+            raise
 
     def _failed(self, error: SaveFailed) -> None:
         self._failures += 1
         if self._failures >= ATTEMPTS:
-            good = max(self._checkpoints.steps(), default=None)
+            good = self._checkpoints.latest_step()
             raise SaveFailed(f"{error}; failed {ATTEMPTS} times in a row, last good checkpoint: {good}") from error
         self._tell(f"WARNING: {error}; trying again ({self._failures} of {ATTEMPTS - 1})")
 

@@ -13,6 +13,8 @@ from etils import epath
 
 from iha_jax.data.storage import write_text
 from iha_jax.parallel.processes import is_first, of_first
+from iha_jax.training.checkpoint import Checkpointer
+from iha_jax.training.run_directory import CHECKPOINTS
 
 FILE = "rollbacks.json"
 _HISTORY = 64  # training losses that a new one is compared with
@@ -60,8 +62,8 @@ def read_rollbacks(directory: epath.Path) -> list[Rollback]:
     return [Rollback(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
 
 
-def roll_back(directory: epath.Path, spike: LossSpike, restored: int, limit: int) -> Rollback:
-    """Records that the run goes back to step `restored` and leaves out the data up to the spike.
+def roll_back(directory: epath.Path, spike: LossSpike, limit: int) -> Rollback:
+    """Records that the run in `directory` goes back to its newest checkpoint and leaves out the data up to the spike.
 
     Raises:
       LossSpike: the one given, when there were `limit` rollbacks already.
@@ -70,6 +72,8 @@ def roll_back(directory: epath.Path, spike: LossSpike, restored: int, limit: int
     if len(before) >= limit:
         spike.add_note(f"{len(before)} rollbacks were made, and config.training.max_rollbacks = {limit}")
         raise spike
+    with Checkpointer(directory / CHECKPOINTS, writable=False) as checkpoints:
+        restored = max(checkpoints.common_steps(), default=0)
     entry = Rollback(spike.step, restored, spike.step - restored)
     if is_first():
         write_text(directory / FILE, json.dumps([asdict(x) for x in [*before, entry]], indent=2))

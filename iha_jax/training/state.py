@@ -62,8 +62,8 @@ def starting_state(
         return state, checkpoints.metadata(step)
     if steps:
         raise CheckpointCorrupt(
-            f"none of the checkpoints of steps {', '.join(map(str, steps))} is sound, so there is nothing to go on from; "
-            f"they are in quarantine/; to train from the beginning use another workdir"
+            f"none of the checkpoints of steps {', '.join(map(str, steps))} is sound; they were moved to quarantine/. "
+            f"To train from the beginning use another workdir"
         )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings)()  # never whole on one device

@@ -14,16 +14,10 @@ from iha_jax.data.storage import is_local, write_text
 from iha_jax.parallel.processes import is_first
 
 FILE = "wall_time.json"
-START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE, LOST = (
-    "start",  # imports, data, devices
-    "restore",
-    "compile",
-    "productive",
-    "evaluate",
-    "save",
-    "lost",  # work of earlier attempts that the restored checkpoint does not hold
-)
-CATEGORIES = (START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE, LOST)
+START = "start"  # imports, data, devices
+RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE = "restore", "compile", "productive", "evaluate", "save"
+LOST = "lost"  # what earlier attempts did and the restored checkpoint does not hold
+CATEGORIES: tuple[str, ...] = (START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE, LOST)
 
 
 class TimeAccount:

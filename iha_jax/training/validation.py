@@ -1,5 +1,6 @@
 """What is measured at every evaluation: validation loss, bits per byte, and IHA's diagnostics."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,15 +19,20 @@ from iha_jax.training.step import make_eval_step
 class Validation:
     """`Validation(config, corpus, mesh)(parameters)` gives the numbers of one `val` row, always on the same rows."""
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh):
-        self._config, self._corpus, self._mesh = config, corpus, mesh
+    def __init__(self, config: Config, corpus: Corpus, mesh: Mesh, before_batch: Callable[[], None]):
+        self._config, self._corpus, self._mesh, self._before_batch = config, corpus, mesh, before_batch
         self._eval_step = jax.jit(make_eval_step(config))
         self._diagnostics = make_diagnostics(config)
 
     def __call__(self, parameters: Any) -> dict[str, float]:
         training = self._config.training
+
+        def eval_step(*arguments: Any) -> Any:
+            self._before_batch()
+            return self._eval_step(*arguments)
+
         numbers = evaluate(
-            self._eval_step,
+            eval_step,
             parameters,
             self._corpus.validation,
             self._corpus.tokenizer.byte_lengths,
