@@ -268,10 +268,11 @@ def test_a_final_checkpoint_that_reads_back_wrong_is_saved_again(tmp_path, monke
 
 
 def corrupt_array_data(path):
-    file = max((p for p in Path(path, "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(bytes(content))
+    """Flips a bit in the middle of every file that may hold arrays."""
+    for file in Path(path, "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(bytes(content))
 
 
 def test_a_checkpoint_of_format_1_loads(tmp_path):
