@@ -99,10 +99,10 @@ def train_and_stop(config, workdir, step):
     from iha_jax.training import loop
 
     class Stopping(loop.Meter):
-        def training_row(self, at, metrics):
+        def training_row(self, at, *rest):
             if at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().training_row(at, metrics)
+            return super().training_row(at, *rest)
 
     original, loop.Meter = loop.Meter, Stopping
     try:
