@@ -56,7 +56,8 @@ def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
     rows = open_validation_rows(config, tokenizer)
     count = config.training.eval_rows if flags.eval_rows is None else flags.eval_rows
     batches = validation_batches(rows, batch_size=config.training.eval_batch_size, num_rows=count or None)
-    return evaluate(jax.jit(make_eval_step(config)), run.parameters, batches, tokenizer.byte_lengths, run.mesh)
+    with jax.set_mesh(run.mesh):
+        return evaluate(jax.jit(make_eval_step(config)), run.parameters, batches, tokenizer.byte_lengths, run.mesh)
 
 
 def sample_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def admit(config: Config, workdir: str) -> Job:
         raise ConfigError(
             ["config.model.causal = False: each token would see the one it must predict; language models need True"]
         )
-    kernels(config)
+    kernels(config, mesh)
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
@@ -68,7 +68,8 @@ def train(job: Job) -> int:
     """
     config, mesh, corpus = job.config, job.mesh, job.corpus
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=kernels(config))
+    implementations = kernels(config, mesh)
+    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=implementations)
 
     with (
         jax.set_mesh(mesh),
