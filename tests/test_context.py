@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# 15 tokens over 3 devices; 4 heads, so that 2 are filled up where heads are shared; 2 key heads.
+# 15 tokens over 3 devices, which heads do not divide; half as many key heads.
+TWO = dict(model__num_heads=2, model__num_kv_heads=1)
 CASES = {
-    "a window longer than a device's tokens": dict(kind="mha_local", model__window=7, segments=True),
+    "a window longer than a device's tokens": dict(kind="mha_local", model__window=7, segments=True, **TWO),
     "IHA's window, heads split too": dict(kind="iha_local", segments=False, tensor=2),
-    "whole rows for a share of the heads": dict(kind="mha", segments=True),
+    "whole rows for a share of the heads": dict(kind="mha", segments=True, **TWO),
 }
 SLOW = {
     "both neighbors": dict(kind="mha_local", causal=False, segments=False),

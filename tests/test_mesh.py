@@ -122,11 +122,25 @@ def test_local_layers_exchange_a_halo_with_their_neighbors_and_gradients(found, 
         assert kind != "all-reduce" or not re.search(rf"\[{rows},(3|24)[,\]]", result), "an activation was reduced"
 
 
-def test_global_layers_over_context_swap_heads_and_nothing_else(found):
-    """Queries and outputs of 8 heads, keys and values of 4, over 4 devices, and back; only segment ids are gathered."""
-    collectives = found["mha context 4 x fsdp 2"]["collectives"]
-    print(collectives)
-    assert collectives
+def swapped(run):
+    """How many values a device gives and gets in each all-to-all, whose result may be a tuple, a piece a device."""
+    results = [result for kind, result in run["collectives"] if kind == "all-to-all"]
+    shapes = [re.findall(r"\[([\d,]+)\]", result) for result in results]
+    return Counter(sum(int(np.prod([int(n) for n in shape.split(",")])) for shape in found) for found in shapes)
+
+
+def test_global_layers_over_context_swap_heads_for_tokens(found):
+    """4 rows of 6 tokens on a device: q, outputs and their gradients of 8 heads of 4; k, v and gradients of 4 heads."""
+    assert swapped(found["mha context 4 x fsdp 2"]) == {4 * 6 * 8 * 4: 4, 4 * 6 * 4 * 4: 4}
+
+
+@pytest.mark.slow
+def test_global_layers_over_context_gather_segment_ids_alone(found_over_context):
+    """8 rows of 3 tokens; the 4 key heads are repeated for 8 devices."""
+    run = found_over_context["mha context 8"]
+    assert {kind for kind, _ in run["collectives"]} == {"all-to-all", "all-gather", "all-reduce"}
+    assert {result.split("{")[0] for kind, result in run["collectives"] if kind == "all-gather"} == {"s32[8,24]"}
+    assert swapped(run) == {8 * 3 * 8 * 4: 8}
 
 
 @pytest.mark.slow
@@ -217,7 +231,8 @@ def test_a_loss_chunk_that_does_not_divide_is_refused_with_the_nearest_that_do()
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Ten steps on fsdp 2 x tensor 2, ten more on one device: the losses of a run on one device."""
+    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: all losses, and the largest logits, of a run on
+    one device."""
 
     def train(workdir, devices, **settings):
         sizes = dict(context_length=64, width=32, mlp_width=64, vocab_size=264, num_layers=2)
@@ -229,9 +244,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "train.py", "--config=configs/base.py", f"--workdir={workdir}", *flags]
         subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True)
-        return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [row[name] for row in rows for name in ("loss", "largest_attention_logit") if name in row]
 
     expected = train(tmp_path / "one", 1)
-    train(tmp_path / "moved", 4, fsdp=2, tensor=2)
+    train(tmp_path / "moved", 8, fsdp=2, context=2, tensor=2)
     shutil.rmtree(tmp_path / "moved" / "checkpoints" / "20")
     np.testing.assert_allclose(train(tmp_path / "moved", 1), expected, rtol=1e-5)
