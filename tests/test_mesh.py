@@ -231,8 +231,7 @@ def test_a_loss_chunk_that_does_not_divide_is_refused_with_the_nearest_that_do()
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: all losses, and the largest logits, of a run on
-    one device."""
+    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: losses and largest logits as on one device."""
 
     def train(workdir, devices, **settings):
         sizes = dict(context_length=64, width=32, mlp_width=64, vocab_size=264, num_layers=2)
