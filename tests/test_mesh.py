@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh
 
 from iha_jax.config import LAYER_KINDS, ConfigError, MeshConfig
 from iha_jax.model import abstract_parameters
+from iha_jax.ops import target_platform
 from iha_jax.parallel.mesh import AXES, axis_sizes, check_batch_sizes
 from iha_jax.parallel.rules import WEIGHTS, check_split, weight_spec
+from iha_jax.training.banner import kernels
 from tests.tiny import tiny
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
@@ -229,9 +231,25 @@ def test_a_loss_chunk_that_does_not_divide_is_refused_with_the_nearest_that_do()
         check_batch_sizes(config, AbstractMesh((1, 1, 4, 1), AXES))
 
 
+def test_kernels_without_segments_are_refused_for_local_layers_over_context():
+    config = tiny(
+        model__layer_pattern=("mha_local", "mha"),
+        model__implementation="cudnn",
+        model__compute_dtype="bfloat16",
+        model__context_length=24,
+        model__head_width=8,
+        data__document_attention=False,
+    )
+    with target_platform("gpu"):
+        assert kernels(config) == {"mha_local": "cudnn", "mha": "cudnn"}
+        with pytest.raises(ConfigError, match=r"takes no segment_ids .*'mha_local', whose halo") as refused:
+            kernels(config, AbstractMesh((1, 1, 2, 1), AXES))
+    assert len(refused.value.problems) == 1
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: losses and largest logits as on one device."""
+    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: losses and largest logits of one device."""
 
     def train(workdir, devices, **settings):
         sizes = dict(context_length=64, width=32, mlp_width=64, vocab_size=264, num_layers=2)

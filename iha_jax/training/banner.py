@@ -17,13 +17,14 @@ def kernels(config: Config, mesh: Mesh | None = None) -> dict[str, str]:
     Raises:
       ConfigError: when one that the config names cannot run here, saying why.
     """
-    found, problems = {}, {}
+    found, problems, split = {}, {}, mesh is not None and mesh.shape["context"] > 1
     for kind in dict.fromkeys(config.model.layer_kinds):
         try:
-            found[kind] = _kernel(config, kind, split=mesh is not None and mesh.shape["context"] > 1)
+            found[kind] = _kernel(config, kind, split=split)
         except ValueError as error:
             section = "config.model.iha" if kind in IHA_KINDS else "config.model"
-            problems[f"{section}.{error} (layers of kind {kind!r})"] = None
+            halo = ", whose halo over config.mesh.context has segments" if split and kind.endswith("_local") else ""
+            problems[f"{section}.{error} (layers of kind {kind!r}{halo})"] = None
     if problems:
         raise ConfigError(list(problems))
     return found

@@ -16,7 +16,7 @@ from iha_jax.array_types import Array, Float
 from iha_jax.config import Config, ModelConfig
 from iha_jax.model import InterleavedHeadAttention, SimplicialAttention, TalkingHeadsAttention, bind
 from iha_jax.ops import apply_rope, interleave, mix_heads
-from iha_jax.parallel.rules import shards
+from iha_jax.parallel.rules import constrain, shards
 from iha_jax.training.optimizer import is_mixing
 from iha_jax.training.step import attended_segments
 
@@ -79,7 +79,8 @@ def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array
     segment_ids = None if segment_ids is None else segment_ids[:, :whole]
     logit_segments = jnp.ones_like(inputs) if segment_ids is None else segment_ids
     logit_segments = jnp.where(jnp.arange(inputs.shape[1]) < tokens, logit_segments, 0)
-    x_BND = model.embedding[...].astype(jnp.dtype(config.compute_dtype))[inputs]
+    table_VD = constrain(model.embedding[...].astype(jnp.dtype(config.compute_dtype)), "V D")
+    x_BND = constrain(table_VD[inputs], "B N D")
 
     def step(carry: tuple[Array, Array], group: tuple[Any, Array]) -> tuple[tuple[Array, Array], None]:
         x_BND, largest = carry
