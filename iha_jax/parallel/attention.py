@@ -12,26 +12,27 @@ Over `tensor` (T devices) heads are split:
   of all heads are summed and scattered (B N H d values). Mixing on the source side instead would exchange pseudo-heads,
   P times as much.
 
-Over `context` (C devices) tokens are split, N/C neighbors a device:
+Over `context` (C devices) tokens are split, N/C a device, side by side:
 
 - Local layers (`halo`): keys, values and segment ids of the W tokens in reach come from the neighbor before (and after,
   if not causal): 2 B W K d values, before any mixing, whatever N is. A reach longer than N/C tokens is passed on from
   neighbor to neighbor, ceil(W C / N) times. Tokens that a row does not have are padding (segment 0). The operation
   also computes the queries of the halo, whose outputs are dropped: 1 + W C / N times the work.
-- Global layers (`swap_heads`): all-to-all. Each device gives away the tokens of all heads but its own share and gets
-  all N tokens of that share (B N (H + 2 K) d / C values), attends by any kernel, and gives the outputs back
-  (B N H d / C values).
-  Gathering keys and values instead would exchange 2 B N K d, hold whole rows on each device, and leave the last
-  device of a causal row with almost twice the mean work. Heads that do not divide over the devices are filled up with
-  zeros (20 heads on 8 devices run as 24); key heads are repeated only as often as it takes to divide. Segment ids,
-  one integer a token, are gathered.
+- Global layers (`swap_heads`): all-to-all. Each device gives away its tokens of the other devices' heads and gets all N
+  tokens of its own share of the heads (B N (H + 2 K) d / C values), attends by any kernel, and gives the outputs back
+  (B N H d / C values). Heads that do not divide over the devices are filled up with zeros (20 heads on 8 devices run as
+  24); key heads are repeated only as often as it takes to divide. Segment ids, one integer a token, are gathered.
+  Gathering keys and values instead exchanges 2 B N K d values, less only where K (C - 1) < H, but holds whole rows on
+  each device, needs kernels that know where their queries stand, and leaves the last device of a causal row with almost
+  twice the mean work.
 - Global IHA (`share_heads`): q, k and v of whole rows are gathered (B N (H + 2 K) d values), unmixed, each device makes
   the pseudo-heads of its share of the heads, and the outputs are summed and scattered over tokens (global collapse,
   B N H d values) or swapped back (per head).
 - Talking heads mix the logits of all heads: refused (`rules.check_split`).
 
 Backward each exchange is its own transpose: halos go back and are added, a gather becomes a sum and scatter, an
-all-to-all the opposite one. Without a mesh, or on a mesh of one device, all of this is the plain operation.
+all-to-all the opposite one. Where `remat` recomputes attention, it exchanges again. Without a mesh, or on a mesh of one
+device, all of this is the plain operation.
 """
 
 from collections.abc import Callable, Sequence
