@@ -98,5 +98,6 @@ def get_config() -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # batch split, weights copied; -1: all devices that the other axes leave
     mesh.fsdp = 1  # batch and weights split
+    mesh.context = 1  # tokens of a row split: long contexts
     mesh.tensor = 1  # heads, feed-forward width and vocabulary split
     return config

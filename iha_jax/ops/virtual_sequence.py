@@ -20,6 +20,12 @@ from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.rope import rotate, rotation, rotation_of_range, working_dtype
 
 
+def tokens_in_reach(window: int, P: int, causality: str) -> int:
+    """Tokens before its own (and after, if not causal) of which a token sees pseudo-keys. Under virtual causality query
+    (n, 0) sees pseudo-keys 1..P-1 of token n - window; for P = 1 there are none."""
+    return window if causality == "virtual" and P > 1 else window - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Geometry:
     """Everything about the virtual sequence but the data."""
@@ -35,10 +41,9 @@ class Geometry:
 
     @property
     def halo(self) -> tuple[int, int]:
-        """Tokens before and after a chunk that its queries can reach. Under virtual causality query (n, 0) sees
-        pseudo-keys 1..P-1 of token n - window; for P = 1 there are none."""
+        """Tokens before and after a chunk that its queries can reach."""
         assert self.window is not None
-        reach = self.window if self.causality == "virtual" and self.P > 1 else self.window - 1
+        reach = tokens_in_reach(self.window, self.P, self.causality)
         return reach, 0 if self.causal else reach
 
     def near(self, query_tokens: Array, key_tokens: Array) -> Array:

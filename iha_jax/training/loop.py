@@ -66,7 +66,7 @@ def _check(config: Config, workdir: str) -> Mesh:
         raise ConfigError(
             ["config.model.causal = False: each token would see the one it must predict; language models need True"]
         )
-    kernels(config)
+    kernels(config, mesh)
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
@@ -81,7 +81,8 @@ def train(job: Job, start_up: StartUp | None = None) -> int:
     config, mesh, corpus = job.config, job.mesh, job.corpus
     start_up = start_up or StartUp()
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=kernels(config))
+    implementations = kernels(config, mesh)
+    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=implementations)
 
     with (
         jax.set_mesh(mesh),

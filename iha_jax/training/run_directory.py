@@ -32,6 +32,7 @@ FREE = frozenset(
         "training.log_every",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.context",
         "mesh.tensor",
     }
 )
