@@ -3,8 +3,9 @@
     python -m iha_jax.sweep --config=configs/learning_rate_sweep.py --workdir=runs/rates
     python -m iha_jax.compare --config=configs/learning_rate_sweep.py --workdir=runs/rates --report_only
 
-The models are those of configs/quickstart.py, one seed each: enough to choose a rate, not to say who wins. On a
-cluster, one task a point: `--index=$SLURM_ARRAY_TASK_ID` (launch/sweep.sbatch). `--dry_run` prints the six commands.
+The models are those of configs/quickstart.py, one seed each: enough to choose a rate, not to say who wins. Losses seen
+are in docs/log.md. On a cluster, one task a point: `--index=$SLURM_ARRAY_TASK_ID` (launch/sweep.sbatch). `--dry_run`
+prints the six commands.
 """
 
 from configs.quickstart import ARMS, get_config

@@ -130,6 +130,7 @@ class MeshConfig:
 
     data: int = _number(low=-1, valid="a positive size, or -1 to infer it")
     fsdp: int = _number(low=-1, valid="a positive size, or -1 to infer it")
+    context: int = _number(low=-1, valid="a positive size, or -1 to infer it")
     tensor: int = _number(low=-1, valid="a positive size, or -1 to infer it")
 
 

@@ -1,7 +1,7 @@
 """Program of tests/test_mesh.py, which runs it with several fake devices: trains tiny models on meshes, prints JSON.
 
-For each mesh of each arm: the losses of a few steps, the collectives of the compiled step, and the largest shard of the
-training state as a fraction of the whole.
+For each mesh of each arm: the losses of a few steps, the collectives of the compiled step, the devices that its
+permutations run between, and the largest shard of the training state as a fraction of the whole.
 """
 
 import json
@@ -25,6 +25,15 @@ SIZES = dict(
     model__num_heads=8,
     model__num_kv_heads=4,
 )
+ARMS = {
+    "mha": dict(model__layer_pattern=("mha",)),
+    "iha": dict(model__layer_pattern=("iha_local", "mha")),
+    # Single layers: what each exchanges, beside what a training step exchanges with a chunked loss and accumulation.
+    "mha_local": dict(model__layer_pattern=("mha_local",), model__num_layers=1, training__loss_chunk=8),
+    "iha_local": dict(model__layer_pattern=("iha_local",), model__num_layers=1, training__accumulation=2),
+    "iha_global": dict(model__layer_pattern=("iha",), model__num_layers=1),
+}
+PAIRS = re.compile(r" collective-permute(?:-start)?\(.*source_target_pairs=\{(.*?)\}\}")
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 
 
@@ -52,17 +61,18 @@ def run(config, devices, steps=5):
             losses.append(float(jax.block_until_ready(metrics["loss"])))
     held = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state))
     whole = sum(x.size for x in jax.tree.leaves(state))
-    collectives = [[kind, result] for result, kind in COLLECTIVE.findall(step.as_text())]
-    return {"losses": losses, "collectives": collectives, "held": float(held / whole)}
+    text = step.as_text()
+    collectives = [[kind, result] for result, kind in COLLECTIVE.findall(text)]
+    pairs = [[tuple(map(int, pair.split(","))) for pair in re.findall(r"\d+,\d+", p)] for p in PAIRS.findall(text)]
+    return {"losses": losses, "collectives": collectives, "pairs": pairs, "held": float(held / whole)}
 
 
 def main():
     found = {}
     for arm, meshes in json.loads(sys.argv[1]).items():
-        pattern = ("mha",) if arm == "mha" else ("iha_local", "mha")
         for name, axes in meshes.items():
             settings = {f"mesh__{axis}": size for axis, size in axes.items()}
-            config = tiny(model__layer_pattern=pattern, training__batch_size=8, **SIZES, **settings)
+            config = tiny(training__batch_size=8, **(SIZES | ARMS[arm]), **settings)
             devices = jax.devices()[: int(np.prod(list(axes.values())))]
             found[f"{arm} {name}"] = run(config, devices)
     print(json.dumps(found))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -15,23 +16,37 @@ from jax.sharding import AbstractMesh
 
 from iha_jax.config import LAYER_KINDS, ConfigError, MeshConfig
 from iha_jax.model import abstract_parameters
-from iha_jax.parallel.mesh import axis_sizes
+from iha_jax.ops import target_platform
+from iha_jax.parallel.mesh import AXES, axis_sizes, check_batch_sizes
 from iha_jax.parallel.rules import WEIGHTS, check_split, weight_spec
+from iha_jax.training.banner import kernels
 from tests.tiny import tiny
 
-ONE = dict(data=1, fsdp=1, tensor=1)
+ONE = dict(data=1, fsdp=1, context=1, tensor=1)
 MESHES = {
     "one": ONE,
     "data 8": ONE | dict(data=8),
     "fsdp 8": ONE | dict(fsdp=8),
     "fsdp 4 x tensor 2": ONE | dict(fsdp=4, tensor=2),
     "tensor 4 x data 2": ONE | dict(tensor=4, data=2),
+    "context 4 x fsdp 2": ONE | dict(context=4, fsdp=2),
 }
+CONTEXT = {"context 8": ONE | dict(context=8), "context 2 x tensor 2 x data 2": ONE | dict(context=2, tensor=2, data=2)}
 
 
 @pytest.fixture(scope="module")
 def found():
-    meshes = {"mha": MESHES, "iha": MESHES}
+    single = {"context 8": CONTEXT["context 8"]}
+    return run({"mha": MESHES, "iha": MESHES, "mha_local": single, "iha_local": single})
+
+
+@pytest.fixture(scope="module")
+def found_over_context():
+    meshes = {"one": ONE} | CONTEXT
+    return run({"mha": meshes, "iha": meshes, "iha_global": meshes})
+
+
+def run(meshes):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.mesh_losses", json.dumps(meshes)],
@@ -50,6 +65,14 @@ def test_every_mesh_gives_the_losses_of_one_device(found, arm, mesh):
     expected = found[f"{arm} one"]["losses"]
     assert expected[-1] < expected[0]
     np.testing.assert_allclose(found[f"{arm} {mesh}"]["losses"], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["mha", "iha", "iha_global"])
+@pytest.mark.parametrize("mesh", CONTEXT)
+def test_more_meshes_over_context_give_the_losses_of_one_device(found_over_context, arm, mesh):
+    expected = found_over_context[f"{arm} one"]["losses"]
+    np.testing.assert_allclose(found_over_context[f"{arm} {mesh}"]["losses"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["mha", "iha"])
@@ -84,6 +107,61 @@ def test_iha_over_tensor_gathers_heads_once_and_scatters_outputs(found):
     assert not any("[2,24,8,4]" in r for _, r in found["mha fsdp 4 x tensor 2"]["collectives"])
 
 
+@pytest.mark.parametrize("arm", ["mha_local", "iha_local"])
+def test_local_layers_exchange_a_halo_with_their_neighbors_and_gradients(found, arm):
+    """8 devices of 3 tokens. A window of 7 reaches 6 tokens, in two exchanges; IHA's of 3 tokens reaches 3."""
+    run, rows = found[f"{arm} context 8"], 8 if arm == "mha_local" else 4  # IHA's accumulates over two halves
+    assert {kind for kind, _ in run["collectives"]} == {"all-reduce", "collective-permute"}
+    assert {abs(source - target) for pairs in run["pairs"] for source, target in pairs} == {1}
+    halos = Counter(result for kind, result in run["collectives"] if kind == "collective-permute")
+    passes = 2 if arm == "mha_local" else 1
+    # Keys and values of K = 4 heads forward, their gradients backward; segment ids once.
+    assert {result.split("{")[0]: count for result, count in halos.items()} == {
+        f"s32[{rows},3]": passes,
+        f"f32[{rows},3,4,4]": 4 * passes,
+    }
+    for kind, result in run["collectives"]:
+        assert kind != "all-reduce" or not re.search(rf"\[{rows},(3|24)[,\]]", result), "an activation was reduced"
+
+
+def swapped(run):
+    """How many values a device gives and gets in each all-to-all, whose result may be a tuple, a piece a device."""
+    results = [result for kind, result in run["collectives"] if kind == "all-to-all"]
+    shapes = [re.findall(r"\[([\d,]+)\]", result) for result in results]
+    return Counter(sum(int(np.prod([int(n) for n in shape.split(",")])) for shape in found) for found in shapes)
+
+
+def test_global_layers_over_context_swap_heads_for_tokens(found):
+    """4 rows of 6 tokens on a device: q, outputs and their gradients of 8 heads of 4; k, v and gradients of 4 heads."""
+    assert swapped(found["mha context 4 x fsdp 2"]) == {4 * 6 * 8 * 4: 4, 4 * 6 * 4 * 4: 4}
+
+
+@pytest.mark.slow
+def test_global_layers_over_context_gather_segment_ids_alone(found_over_context):
+    """8 rows of 3 tokens; the 4 key heads are repeated for 8 devices."""
+    run = found_over_context["mha context 8"]
+    assert {kind for kind, _ in run["collectives"]} == {"all-to-all", "all-gather", "all-reduce"}
+    assert {result.split("{")[0] for kind, result in run["collectives"] if kind == "all-gather"} == {"s32[8,24]"}
+    assert swapped(run) == {8 * 3 * 8 * 4: 8}
+
+
+@pytest.mark.slow
+def test_global_iha_over_context_gathers_rows_and_scatters_outputs(found_over_context):
+    """q, k and v forward and their gradients backward, the outputs [8 rows, 24 tokens, 8 heads, 4] the other way."""
+    activations = Counter(
+        (kind, result.split("{")[0])
+        for kind, result in found_over_context["iha_global context 8"]["collectives"]
+        if kind != "all-reduce"
+    )
+    assert activations == {
+        ("all-gather", "s32[8,24]"): 1,
+        ("all-gather", "f32[8,24,4,4]"): 2,
+        ("all-gather", "f32[8,24,8,4]"): 2,
+        ("reduce-scatter", "f32[8,3,4,4]"): 2,
+        ("reduce-scatter", "f32[8,3,8,4]"): 2,
+    }
+
+
 def test_every_weight_of_every_kind_has_one_rule_and_every_rule_a_weight():
     used = set()
     for kind in LAYER_KINDS:
@@ -107,16 +185,17 @@ def test_a_weight_without_a_rule_and_a_wrong_rank_raise():
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ((-1, 1, 1), 8, (8, 1, 1)),
-        ((1, -1, 2), 8, (1, 4, 2)),
-        ((2, 2, 2), 8, (2, 2, 2)),
-        ((3, -1, 1), 8, "their product 3 must divide the 8 devices: 1, 2, 4, 8"),
-        ((2, 2, 1), 8, "their product 4 must be the 8 devices"),
-        ((-1, -1, 1), 8, "data and fsdp are both -1"),
+        ((-1, 1, 1, 1), 8, (8, 1, 1, 1)),
+        ((1, -1, 1, 2), 8, (1, 4, 1, 2)),
+        ((1, 2, -1, 2), 8, (1, 2, 2, 2)),
+        ((2, 2, 1, 2), 8, (2, 2, 1, 2)),
+        ((3, 1, -1, 1), 8, "their product 3 must divide the 8 devices: 1, 2, 4, 8"),
+        ((2, 1, 2, 1), 8, "their product 4 must be the 8 devices"),
+        ((-1, -1, 1, 1), 8, "data and fsdp are both -1"),
     ],
 )
 def test_axis_sizes_are_inferred_or_refused(sizes, devices, expected):
-    config = MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    config = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
     if isinstance(expected, tuple):
         assert tuple(axis_sizes(config, devices).values()) == expected
     else:
@@ -127,22 +206,50 @@ def test_axis_sizes_are_inferred_or_refused(sizes, devices, expected):
 @pytest.mark.parametrize(
     ("axes", "changes", "message"),
     [
-        ((1, 5, 1), {}, "config.model.width = 24: does not divide over config.mesh.fsdp = 5; choose 20 or 25"),
-        ((1, 1, 4), dict(num_heads=6), "config.model.num_heads = 6: does not divide over config.mesh.tensor = 4"),
-        ((1, 1, 2), dict(layer_pattern=("talking_heads",)), "talking heads mix the logits of all heads"),
-        ((1, 1, 2), dict(layer_pattern=("differential",)), "config.mesh.tensor = 2 in pairs; choose 4 or 8"),
+        ((1, 5, 1, 1), {}, "config.model.width = 24: does not divide over config.mesh.fsdp = 5; choose 20 or 25"),
+        ((1, 1, 1, 4), dict(num_heads=6), "config.model.num_heads = 6: does not divide over config.mesh.tensor = 4"),
+        (
+            (1, 1, 4, 1),
+            {},
+            "context_length = 23: does not divide over config.mesh.context = 4; choose 20 or 24",
+        ),
+        ((1, 1, 1, 2), dict(layer_pattern=("talking_heads",)), "config.mesh.tensor = 2: talking heads mix the logits"),
+        ((1, 1, 2, 1), dict(layer_pattern=("talking_heads",)), "config.mesh.context = 2: talking heads mix the logits"),
+        ((1, 1, 1, 2), dict(layer_pattern=("differential",)), "config.mesh.tensor = 2 in pairs; choose 4 or 8"),
     ],
 )
 def test_models_that_do_not_split_are_refused_by_field(axes, changes, message):
     settings = {"model__vocab_size": 264, "model__mlp_width": 40, **{f"model__{k}": v for k, v in changes.items()}}
-    mesh = AbstractMesh(axes, ("data", "fsdp", "tensor"))
     with pytest.raises(ConfigError, match=message):
-        check_split(tiny(**settings).model, mesh)
+        check_split(tiny(**settings).model, AbstractMesh(axes, AXES))
+
+
+def test_a_loss_chunk_that_does_not_divide_is_refused_with_the_nearest_that_do():
+    config = tiny(model__context_length=24, training__loss_chunk=6)
+    check_batch_sizes(config, AbstractMesh((1, 1, 2, 1), AXES))
+    with pytest.raises(ConfigError, match=r"loss_chunk = 6: does not divide .*mesh.context = 4; choose 4 or 8"):
+        check_batch_sizes(config, AbstractMesh((1, 1, 4, 1), AXES))
+
+
+def test_kernels_without_segments_are_refused_for_local_layers_over_context():
+    config = tiny(
+        model__layer_pattern=("mha_local", "mha"),
+        model__implementation="cudnn",
+        model__compute_dtype="bfloat16",
+        model__context_length=24,
+        model__head_width=8,
+        data__document_attention=False,
+    )
+    with target_platform("gpu"):
+        assert kernels(config) == {"mha_local": "cudnn", "mha": "cudnn"}
+        with pytest.raises(ConfigError, match=r"takes no segment_ids .*'mha_local', whose halo") as refused:
+            kernels(config, AbstractMesh((1, 1, 2, 1), AXES))
+    assert len(refused.value.problems) == 1
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-    """Ten steps on fsdp 2 x tensor 2, ten more on one device: the losses of a run on one device."""
+    """Ten steps on fsdp 2 x context 2 x tensor 2, ten more on one device: losses and largest logits of one device."""
 
     def train(workdir, devices, **settings):
         sizes = dict(context_length=64, width=32, mlp_width=64, vocab_size=264, num_layers=2)
@@ -154,9 +261,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "train.py", "--config=configs/base.py", f"--workdir={workdir}", *flags]
         subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True)
-        return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [row[name] for row in rows for name in ("loss", "largest_attention_logit") if name in row]
 
     expected = train(tmp_path / "one", 1)
-    train(tmp_path / "moved", 4, fsdp=2, tensor=2)
+    train(tmp_path / "moved", 8, fsdp=2, context=2, tensor=2)
     shutil.rmtree(tmp_path / "moved" / "checkpoints" / "20")
     np.testing.assert_allclose(train(tmp_path / "moved", 1), expected, rtol=1e-5)

@@ -170,7 +170,7 @@ def test_bad_arguments_are_refused_at_trace_time():
     refused("weights_mix has shape", talk, q, k, v, before, after[:, :3])
     refused("weights_mix has dtype", talk, q, k, v, before, after.astype(jnp.bfloat16))
     refused("expected even", differ, q[:, :, :3], k[:, :, :1], v, jnp.float32(0))
-    refused("v has 2 heads; expected 1", differ, q, k, v, jnp.float32(0))
+    refused(r"v has shape .*expected \[2, 13, 1, e\], half as many heads as k", differ, q, k, v, jnp.float32(0))
     refused("lambda_ has shape", differ, q, k, v[:, :, :1], jnp.zeros(2))
     refused("k2 is", pairs, q, k, v, k[:, :, :1], v)
     refused("v2 is", pairs, q, k, v, k, v.astype(jnp.bfloat16))

@@ -64,15 +64,16 @@ def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
     tokenizer = open_tokenizer(config)
     rows = in_turns(lambda: open_validation_rows(config, tokenizer), lambda rows: {"digest of the rows": rows.digest})
     count = config.training.eval_rows if flags.eval_rows is None else flags.eval_rows
-    return evaluate(
-        jax.jit(make_eval_step(config)),
-        run.parameters,
-        rows,
-        tokenizer.byte_lengths,
-        run.mesh,
-        batch_size=config.training.eval_batch_size,
-        num_rows=count or None,
-    )
+    with jax.set_mesh(run.mesh):
+        return evaluate(
+            jax.jit(make_eval_step(config)),
+            run.parameters,
+            rows,
+            tokenizer.byte_lengths,
+            run.mesh,
+            batch_size=config.training.eval_batch_size,
+            num_rows=count or None,
+        )
 
 
 def sample_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from iha_jax.ops import query_blocks, simplicial, talking_heads
 from iha_jax.ops.blockwise import block_size, window_block_size
-from iha_jax.ops.streaming import Geometry, chunk_batches, chunk_tokens
+from iha_jax.ops.streaming import Geometry, chunk_tokens, window_steps
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def streaming_work(
 ) -> Work:
     """IHA by chunks of C query tokens. Batch and heads count because chunks are batched by the size of their scores.
 
-    Windowed: n chunks (those that pad a step included), each mixing C queries and M = C + halo keys and values, with
-    `(P C) (P M)` pairs. Training: all 4 times, but collapse 3: its output is not needed again.
+    Windowed: steps of n chunks (those that pad the last step included). A step mixes n C queries and n C + halo keys
+    and values; each of its chunks has `(P C) (P M)` pairs, M = C + halo. Training: all 4 times, but collapse 3: its
+    output is not needed again.
 
     Unwindowed: each query chunk visits the key chunks it can reach, mixing them each time, keys twice: a pass for the
     log-sum-exp (scores) and one for the sums (scores and sums). Training: forward; both passes again; scores, keys and
@@ -71,17 +72,12 @@ def streaming_work(
         if training:
             return Work(7 * pairs, 4 * pairs, queries=4 * n * C, keys=7 * mixed, values=5 * mixed, collapsed=3 * n * C)
         return Work(2 * pairs, pairs, queries=n * C, keys=2 * mixed, values=mixed, collapsed=n * C)
-    M = C + sum(space.halo)
-    steps, together = chunk_batches(n, batch * heads * P * P * C * M)
-    n = steps * together
-    times, pairs = 4 if training else 1, n * P * C * P * M
-    return Work(
-        *(times * pairs, times * pairs),
-        queries=times * n * C,
-        keys=times * n * M,
-        values=times * n * M,
-        collapsed=(3 if training else 1) * n * C,
-    )
+    steps = window_steps(space, C, batch, heads)
+    tokens, M = steps.count * steps.tokens, C + steps.reach
+    times, pairs = 4 if training else 1, tokens * P * P * M
+    mixed = times * (tokens + steps.count * steps.reach)
+    collapsed = (3 if training else 1) * tokens
+    return Work(times * pairs, times * pairs, queries=times * tokens, keys=mixed, values=mixed, collapsed=collapsed)
 
 
 def talking_heads_work(

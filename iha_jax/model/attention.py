@@ -25,8 +25,18 @@ from iha_jax.ops import (
     resolve_interleaved_implementation,
     simplicial_attention,
     talking_heads_attention,
+    tokens_in_reach,
 )
-from iha_jax.parallel.attention import gather_heads, heads_split, on_each_device, sum_and_scatter_heads
+from iha_jax.parallel.attention import (
+    Exchange,
+    gather_heads,
+    halo,
+    heads_split,
+    on_each_device,
+    share_heads,
+    sum_and_scatter_heads,
+    swap_heads,
+)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -67,7 +77,7 @@ class MultiHeadAttention(nnx.Module):
     def attend(
         self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
     ) -> Array:
-        """Attention of the heads it is given, which on a mesh are one device's."""
+        """Attention of the heads and tokens it is given, which on a mesh are one device's."""
         return dot_product_attention(
             *self.rotate(q_BNHd, k_BNKd),
             v_BNKd,
@@ -83,7 +93,12 @@ class MultiHeadAttention(nnx.Module):
         """`layer`: the number of this layer in the model, from 1; an array where layers are scanned."""
         q_BNHd, k_BNKd, v_BNKd = self.project(x_BND)
         arguments = [(q_BNHd, "B N H d"), (k_BNKd, "B N K d"), (v_BNKd, "B N K d"), (segment_ids_BN, "B N")]
-        return self.project_back(on_each_device(self.attend, [*arguments, *self.mixing(x_BND.dtype)], "B N H d"))
+        arguments += self.mixing(x_BND.dtype)
+        return self.project_back(on_each_device(self.attend, arguments, "B N H d", self.exchange()))
+
+    def exchange(self) -> Exchange:
+        """What devices give each other where tokens are split over them."""
+        return swap_heads if self.window is None else halo(self.window - 1, causal=self.config.causal)
 
     def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
         """Weights that `attend` takes after the segments, with their dimensions."""
@@ -147,6 +162,12 @@ class InterleavedHeadAttention(MultiHeadAttention):
             implementation=iha.implementation,
         )
         return sum_and_scatter_heads(out_BNHd) if heads_split() and iha.collapse == "global" else out_BNHd
+
+    def exchange(self) -> Exchange:
+        iha = self.config.iha
+        if self.window is None:
+            return share_heads(summed=iha.collapse == "global")
+        return halo(tokens_in_reach(self.window, iha.pseudo_heads, iha.causality), causal=self.config.causal)
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
@@ -217,18 +238,22 @@ class DifferentialAttention(MultiHeadAttention):
         lambda_init = 0.8 - 0.6 * jnp.exp(-0.3 * (jnp.asarray(layer, jnp.float32) - 1))
         first = jnp.exp(jnp.sum(self.lambda_query_1[...] * self.lambda_key_1[...]))
         second = jnp.exp(jnp.sum(self.lambda_query_2[...] * self.lambda_key_2[...]))
-        arguments = [(q_BNHd, "B N H d"), (k_BNKd, "B N K d"), (v_BNKd, "B N K d"), (segment_ids_BN, "B N")]
-        out_BNhe = on_each_device(self.attend, [*arguments, (first - second + lambda_init, "")], "B N H e")
+        B, N, _, d = q_BNHd.shape
+        q, k, v = (x.reshape(B, N, -1, 2 * d) for x in (q_BNHd, k_BNKd, v_BNKd))  # pairs of heads stay together
+        arguments = [(q, "B N H d"), (k, "B N K d"), (v, "B N K d"), (segment_ids_BN, "B N")]
+        arguments += [(first - second + lambda_init, "")]
+        out_BNhe = on_each_device(self.attend, arguments, "B N H e", self.exchange())
         out_BNhe = self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
         return self.project_back(out_BNhe.reshape(q_BNHd.shape))
 
     def attend(
         self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array
     ) -> Array:
-        B, N, K, d = v_BNKd.shape
+        """Queries, keys and values as pairs of heads: [B, N, H/2 or K/2, 2 d]."""
+        q_BNHd, k_BNKd = (x.reshape(*x.shape[:2], -1, self.config.head_width) for x in (q_BNHd, k_BNKd))
         return differential_attention(
             *self.rotate(q_BNHd, k_BNKd),
-            v_BNKd.reshape(B, N, K // 2, 2 * d),
+            v_BNKd,
             *mixing,
             causal=self.config.causal,
             segment_ids=segment_ids_BN,
@@ -272,7 +297,10 @@ class SimplicialAttention(MultiHeadAttention):
     ) -> Float[Array, "B N D"]:
         q_BNHd, *keys_and_values = *self.project(x_BND), *self.project_second(x_BND)
         arguments = [(q_BNHd, "B N H d"), *((x, "B N K d") for x in keys_and_values), (segment_ids_BN, "B N")]
-        return self.project_back(on_each_device(self.attend_to_pairs, arguments, "B N H d"))
+        return self.project_back(on_each_device(self.attend_to_pairs, arguments, "B N H d", self.exchange()))
+
+    def exchange(self) -> Exchange:
+        return swap_heads if self.windows is None else halo(max(self.windows) - 1, causal=self.config.causal)
 
     def attend_to_pairs(
         self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, k2_BNKd: Array, v2_BNKd: Array, segment_ids_BN: Array | None

@@ -15,6 +15,7 @@ from iha_jax.ops.rope import apply_rope
 from iha_jax.ops.simplicial import simplicial_attention
 from iha_jax.ops.softmax_attention import dot_product_attention, resolve_attention_implementation
 from iha_jax.ops.talking_heads import talking_heads_attention
+from iha_jax.ops.virtual_sequence import tokens_in_reach
 
 __all__ = [
     "Features",
@@ -32,4 +33,5 @@ __all__ = [
     "simplicial_attention",
     "talking_heads_attention",
     "target_platform",
+    "tokens_in_reach",
 ]

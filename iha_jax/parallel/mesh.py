@@ -4,10 +4,13 @@
 |---------|------------------------------------------------------------|---------------------------------------------|
 | data    | rows of the batch; weights are copied                      | gradients, once a step: the slow network    |
 | fsdp    | rows of the batch, and weights along one dimension         | weights before use, gradients after         |
+| context | tokens of a row; weights are copied                        | gradients; local attention: the window's    |
+|         |                                                            | keys and values, from the neighbor; global: |
+|         |                                                            | heads for tokens (`attention.py`)           |
 | tensor  | heads, feed-forward width, vocabulary                      | activations, in every layer: fast links     |
 
 Axes stand in this order, so that neighbors of `tensor` are neighbors on the machine, and slices or hosts joined by a
-slow network differ in `data` only.
+slow network differ in `data` only. Device i of `context` has tokens i N/C to (i + 1) N/C of a row.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from iha_jax.config import Config, ConfigError, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
 
 
@@ -75,12 +78,12 @@ def mesh_for_evaluation(config: MeshConfig) -> Mesh:
     try:
         return make_mesh(config)
     except ConfigError:
-        return make_mesh(dataclasses.replace(config, data=1, fsdp=-1, tensor=1))
+        return make_mesh(dataclasses.replace(config, data=1, fsdp=-1, context=1, tensor=1))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch spread over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
+    """Rows of a batch [B, N] spread over `data` and `fsdp`, their tokens over `context`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH, "context"))
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -123,7 +126,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> di
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError unless every micro-batch and evaluation batch divides evenly over the batch axes."""
+    """Raises ConfigError unless micro-batches, evaluation batches and chunks of the loss divide over their axes."""
     training, shards, problems = config.training, batch_shards(mesh), []
     micro = training.batch_size // training.accumulation
     if micro % shards:
@@ -135,6 +138,15 @@ def check_batch_sizes(config: Config, mesh: Mesh) -> None:
         problems.append(
             f"config.training.eval_batch_size = {training.eval_batch_size}: does not divide over the {shards} shards "
             f"of data and fsdp; choose a multiple of {shards}"
+        )
+    chunk, context = training.loss_chunk, mesh.shape["context"]
+    if chunk % context:
+        N = config.model.context_length
+        able = [n for n in range(context, N + 1, context) if N % n == 0]
+        near = [n for n in able if n < chunk][-1:] + [n for n in able if n > chunk][:1]
+        problems.append(
+            f"config.training.loss_chunk = {chunk}: does not divide over config.mesh.context = {context}; choose "
+            f"{' or '.join(map(str, near or [0]))}"
         )
     if problems:
         raise ConfigError(problems)

@@ -2,7 +2,7 @@
 
 A dimension is a letter: V vocabulary, D width, H heads, K key/value heads, F feed-forward width, B batch, N tokens.
 Lower-case dimensions are never split. Optimizer states are split as their weights are; the stacked dimension of scanned
-groups comes in front of a weight's own and is never split.
+groups comes in front of a weight's own and is never split. Tokens are split over `context`, weights are not.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ACTIVATION_AXES: Mapping[str, Axes] = {
     "H": "tensor",
     "K": "tensor",
     "F": "tensor",
-    "N": None,
+    "N": "context",
     "D": None,
 }
 WEIGHTS: Mapping[str, str] = {  # end of a weight's path: its dimensions
@@ -54,7 +54,14 @@ WEIGHTS: Mapping[str, str] = {  # end of a weight's path: its dimensions
     "mlp/down": "F D",
     "scale": "*",
 }
-_FIELDS = {"V": "vocab_size", "D": "width", "H": "num_heads", "K": "num_kv_heads", "F": "mlp_width"}
+_FIELDS = {
+    "V": "vocab_size",
+    "D": "width",
+    "H": "num_heads",
+    "K": "num_kv_heads",
+    "F": "mlp_width",
+    "N": "context_length",
+}
 
 
 def weight_spec(path: str, ndim: int) -> PartitionSpec:
@@ -97,7 +104,7 @@ def check_split(model: ModelConfig, mesh: Mesh) -> None:
     """Raises ConfigError, naming field and nearest valid values, for a model that cannot be split over this mesh."""
     problems = []
     for dimension, field in _FIELDS.items():
-        axis, size = WEIGHT_AXES[dimension], getattr(model, field)
+        axis, size = WEIGHT_AXES.get(dimension) or ACTIVATION_AXES[dimension], getattr(model, field)
         assert isinstance(axis, str)
         parts, pairs = mesh.shape[axis], dimension in "HK" and "differential" in model.layer_kinds
         unit = parts * (2 if pairs and parts > 1 else 1)
@@ -107,11 +114,12 @@ def check_split(model: ModelConfig, mesh: Mesh) -> None:
                 f"config.model.{field} = {size}: does not divide over config.mesh.{axis} = {parts}"
                 f"{' in pairs' if pairs else ''}; choose {' or '.join(map(str, near))}, or another mesh"
             )
-    if mesh.shape["tensor"] > 1 and "talking_heads" in model.layer_kinds:
-        problems.append(
-            f"config.mesh.tensor = {mesh.shape['tensor']}: talking heads mix the logits of all heads, so heads cannot "
-            f"be split; choose 1"
-        )
+    for axis in ("tensor", "context"):  # whole rows, without which no logits are whole, come for a share of the heads
+        if mesh.shape[axis] > 1 and "talking_heads" in model.layer_kinds:
+            problems.append(
+                f"config.mesh.{axis} = {mesh.shape[axis]}: talking heads mix the logits of all heads, so heads cannot "
+                f"be split; choose 1"
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -125,6 +133,12 @@ def mesh_in_use() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`, None where there is none or it is of one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def shards(dimension: str) -> int:
+    """Over how many devices a dimension of activations that has one axis ("N", "H", ...) is split here."""
+    mesh, axis = mesh_in_use(), ACTIVATION_AXES[dimension]
+    return mesh.shape[axis] if mesh is not None and isinstance(axis, str) else 1
 
 
 def activation_spec(dimensions: str) -> PartitionSpec:

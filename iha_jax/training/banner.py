@@ -12,25 +12,27 @@ from iha_jax.parallel.processes import process_table
 from iha_jax.parallel.rules import table
 
 
-def kernels(config: Config) -> dict[str, str]:
-    """The implementation each kind of layer in the model really uses here ("auto" resolved).
+def kernels(config: Config, mesh: Mesh | None = None) -> dict[str, str]:
+    """The implementation each kind of layer in the model really uses here ("auto" resolved), on a mesh or without.
 
     Raises:
       ConfigError: when one that the config names cannot run here, saying why.
     """
-    found, problems = {}, {}
+    found, problems, split = {}, {}, mesh is not None and mesh.shape["context"] > 1
     for kind in dict.fromkeys(config.model.layer_kinds):
         try:
-            found[kind] = _kernel(config, kind)
+            found[kind] = _kernel(config, kind, split=split)
         except ValueError as error:
             section = "config.model.iha" if kind in IHA_KINDS else "config.model"
-            problems[f"{section}.{error} (layers of kind {kind!r})"] = None
+            halo = ", whose halo over config.mesh.context has segments" if split and kind.endswith("_local") else ""
+            problems[f"{section}.{error} (layers of kind {kind!r}{halo})"] = None
     if problems:
         raise ConfigError(list(problems))
     return found
 
 
-def _kernel(config: Config, kind: str) -> str:
+def _kernel(config: Config, kind: str, *, split: bool) -> str:
+    """`split`: whether tokens are split over devices; then what local layers get has segments (`attention.halo`)."""
     model = config.model
     local = {"mha_local": model.window, "iha_local": model.iha.window, "simplicial_local": model.simplicial.window}
     window = local.get(kind)
@@ -41,7 +43,7 @@ def _kernel(config: Config, kind: str) -> str:
         value_width=model.head_width,
         causal=model.causal,
         window=None if window is None or window >= model.context_length else window,
-        segments=config.data.document_attention,
+        segments=config.data.document_attention or (split and kind in local),
     )
     with target_platform(current_platform()):  # on a mesh each device runs the kernel of its own part, alone
         return ATTENTION[kind].kernel(model, features)
@@ -65,7 +67,7 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
             f"mesh       {dict(mesh.shape)}",
             f"model      {parameters.total:,} parameters ({parameters.mixing:,} head mixing); layers: {layers}{window}",
             f"compute    {flops.total:,.0f} useful FLOPs a token forward, 3 times that to train; {model.compute_dtype}",
-            "kernels    " + ", ".join(f"{kind}: {name}" for kind, name in kernels(config).items()),
+            "kernels    " + ", ".join(f"{kind}: {name}" for kind, name in kernels(config, mesh).items()),
             f"schedule   {training.steps:,} steps of {tokens:,} tokens = {training.steps * tokens:,}; {start}",
             *split,
         ]

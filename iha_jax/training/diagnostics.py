@@ -16,6 +16,7 @@ from iha_jax.array_types import Array, Float
 from iha_jax.config import Config, ModelConfig
 from iha_jax.model import InterleavedHeadAttention, SimplicialAttention, TalkingHeadsAttention, bind
 from iha_jax.ops import apply_rope, interleave, mix_heads
+from iha_jax.parallel.rules import constrain, shards
 from iha_jax.training.optimizer import is_mixing
 from iha_jax.training.step import attended_segments
 
@@ -73,10 +74,13 @@ def largest_logit(config: ModelConfig, parameters: dict[str, Any], inputs: Array
     """
     model = bind(config, parameters)
     tokens = max(1, MAX_VIRTUAL_TOKENS // (config.iha.pseudo_heads if config.uses_iha else 1))
-    inputs = inputs[:, :tokens]
-    segment_ids = None if segment_ids is None else segment_ids[:, :tokens]
+    whole = -(-tokens // shards("N")) * shards("N")  # what divides over the devices is computed, `tokens` are looked at
+    inputs = inputs[:, :whole]
+    segment_ids = None if segment_ids is None else segment_ids[:, :whole]
     logit_segments = jnp.ones_like(inputs) if segment_ids is None else segment_ids
-    x_BND = model.embedding[...].astype(jnp.dtype(config.compute_dtype))[inputs]
+    logit_segments = jnp.where(jnp.arange(inputs.shape[1]) < tokens, logit_segments, 0)
+    table_VD = constrain(model.embedding[...].astype(jnp.dtype(config.compute_dtype)), "V D")
+    x_BND = constrain(table_VD[inputs], "B N D")
 
     def step(carry: tuple[Array, Array], group: tuple[Any, Array]) -> tuple[tuple[Array, Array], None]:
         x_BND, largest = carry

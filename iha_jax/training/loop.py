@@ -75,7 +75,7 @@ def _check(config: Config, workdir: str) -> Mesh:
         raise ConfigError(
             ["config.model.causal = False: each token would see the one it must predict; language models need True"]
         )
-    kernels(config)
+    kernels(config, mesh)
     check_run(workdir, config)
     check_source(config)
     check_sinks(config.training.tensorboard, config.training.wandb_project)
@@ -97,9 +97,8 @@ def train(job: Job, start_up: StartUp | None = None) -> int:
             return _attempt(job, start_up or StartUp(), began)
         except LossSpike as spike:
             rollback = roll_back(epath.Path(job.workdir), spike, job.config.training.max_rollbacks)
-            tell(
-                f"WARNING: {spike}; back to step {rollback.restored}, leaving out the data of {rollback.skipped} steps"
-            )
+            left_out = f"leaving out the data of {rollback.skipped} steps"
+            tell(f"WARNING: {spike}; going back to step {rollback.restored}, {left_out}")
         start_up, began = None, time.monotonic()
 
 
@@ -107,7 +106,8 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
     """From the newest checkpoint, or from nothing, to the end of the run, a preemption or a loss spike."""
     config, training, mesh, corpus = job.config, job.config.training, job.mesh, job.corpus
     optimizer = make_optimizer(config.optimizer, training.steps)
-    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=kernels(config))
+    implementations = kernels(config, mesh)
+    run = open_run(job.workdir, config, mesh=dict(mesh.shape), digests=corpus.digests, implementations=implementations)
 
     with (
         jax.set_mesh(mesh),

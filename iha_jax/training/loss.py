@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.model import Transformer
+from iha_jax.parallel.rules import shards
 
 
 def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chunk: int) -> tuple[Array, Array]:
@@ -15,7 +16,8 @@ def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chu
 
     `nll = logsumexp(logits) - logits[target]`; `objective = nll + z_loss * logsumexp(logits)^2`. Dividing both by the
     token count of the *whole* batch, not of a micro-batch, makes gradient accumulation exact. With `chunk` > 0 the
-    logits of only `chunk` tokens of each row exist at a time, and are recomputed in the backward pass.
+    logits of only `chunk` tokens of each row exist at a time, and are recomputed in the backward pass; where tokens are
+    split over devices, a chunk has as many tokens of each device, so that none moves.
     """
     segment_ids = batch.get("segment_ids")
     hidden_BND = model.hidden(batch["inputs"], segment_ids)
@@ -23,8 +25,11 @@ def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chu
     if not chunk or chunk == hidden_BND.shape[1]:
         return sums(hidden_BND, batch["targets"], batch["loss_mask"])
 
+    devices = shards("N")
+
     def chunked(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        x = x.reshape(x.shape[0], devices, -1, chunk // devices, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(-1, x.shape[0], chunk, *x.shape[4:])
 
     def step(totals: tuple[Array, Array], xs: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         objective, nll = jax.checkpoint(sums)(*xs)

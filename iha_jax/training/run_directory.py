@@ -35,11 +35,13 @@ FREE = frozenset(
         "training.watchdog_seconds",
         "mesh.data",
         "mesh.fsdp",
+        "mesh.context",
         "mesh.tensor",
     }
 )
 # Fields younger than the first release, with what an older run did.
 _YOUNGER: dict[str, dict[str, Any]] = {
+    "mesh": {"context": 1},
     "training": {"max_skipped_steps": 10, "spike_threshold": 0.0, "max_rollbacks": 3, "watchdog_seconds": 1800.0},
 }
 _SECONDS_TO_APPEAR = 20

@@ -1,0 +1,50 @@
+"""Layers whose tokens are split over `context` give the outputs and gradients of the reference on one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# 15 tokens over 3 devices, which heads do not divide; half as many key heads.
+TWO = dict(model__num_heads=2, model__num_kv_heads=1)
+CASES = {
+    "a window longer than a device's tokens": dict(kind="mha_local", model__window=7, segments=True, **TWO),
+    "IHA's window, heads split too": dict(kind="iha_local", segments=False, tensor=2),
+    "whole rows for a share of the heads": dict(kind="mha", segments=True, **TWO),
+}
+SLOW = {
+    "both neighbors": dict(kind="mha_local", causal=False, segments=False),
+    "a window over all devices": dict(kind="mha_local", model__window=15, segments=False),
+    "key heads repeated and not filled up": dict(kind="mha", segments=False, context=5, model__num_heads=20),
+    "global IHA, heads split too": dict(kind="iha", segments=True, tensor=2),
+    "global IHA, collapsed per head": dict(kind="iha", causal=False, segments=False, model__iha__collapse="per_head"),
+    "IHA by tokens, both neighbors": dict(
+        kind="iha_local", causal=False, segments=True, model__iha__causality="token", model__iha__rope_positions="token"
+    ),
+    "two windows of pairs": dict(kind="simplicial_local", segments=False),
+    "all pairs": dict(kind="simplicial", segments=True),
+    "pairs of heads": dict(kind="differential", segments=True),
+}
+
+
+def errors(cases):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=6", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.context_layers", json.dumps(cases)],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("cases", [CASES, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_layers_with_split_tokens_equal_the_reference(cases):
+    found = errors(cases)
+    assert set(found) == set(cases)
+    assert {name: error for name, error in found.items() if not error < 1e-5} == {}
