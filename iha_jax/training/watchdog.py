@@ -1,7 +1,6 @@
 """Ending a process that hangs, with the stacks of all its threads on the terminal."""
 
 import faulthandler
-import sys
 from typing import Self
 
 
@@ -17,8 +16,8 @@ class Watchdog:
 
     def beat(self, allowance: float = 1.0) -> None:
         """Starts the clock anew, for `allowance` times as long: compiling and saving take longer than a step."""
-        if self._seconds:  # to the process's own stderr: whatever replaces sys.stderr may have no file behind it
-            faulthandler.dump_traceback_later(self._seconds * allowance, exit=True, file=sys.__stderr__)
+        if self._seconds:  # to the process's own stderr, 2: what replaces sys.stderr may have no file behind it
+            faulthandler.dump_traceback_later(self._seconds * allowance, exit=True, file=2)
 
     def __enter__(self) -> Self:
         self.beat()
