@@ -61,11 +61,16 @@ def make_train_step(
         updated = {"parameters": optax.apply_updates(parameters, updates), "optimizer": optimizer_state}
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, {k: state[k] for k in updated})
+        kept = unless_skipped(finite, updated, {name: state[name] for name in updated})
         metrics = {"loss": loss, "grad_norm": norm, "counted_tokens": counted, "skipped": ~finite}
         return kept | {"step": state["step"] + 1}, metrics
 
     return step
+
+
+def unless_skipped(finite: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the step counts, else `old`, bit for bit."""
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 
 def make_eval_step(config: Config) -> Callable[[State, Batch, jax.Array], dict[str, jax.Array]]:
