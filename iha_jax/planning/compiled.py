@@ -1,0 +1,223 @@
+"""Compiling a run's own training step for a topology: what it needs, or why it cannot be had.
+
+The step is the one `train.py` compiles (`lower_train_step`): optimizer, gradient accumulation and the config's mesh.
+For GPUs it is compiled for fake CPU devices: shardings and collectives are those of the mesh, memory is that of XLA's
+CPU compiler, and attention is block-wise and streaming, since cuDNN and the fused kernels need a GPU to compile.
+"""
+
+import contextlib
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from iha_jax.config import Config
+from iha_jax.ops import target_platform
+from iha_jax.parallel.mesh import check_batch_sizes, make_mesh
+from iha_jax.parallel.rules import check_split
+from iha_jax.parallel.topology import Topology
+from iha_jax.planning.hlo import Collective, collectives
+from iha_jax.training.banner import kernels
+from iha_jax.training.optimizer import make_optimizer
+from iha_jax.training.state import abstract_state
+from iha_jax.training.step import State, lower_train_step
+
+_GPU_ONLY = ("cudnn", "fused")
+
+
+class PlanError(ValueError):
+    """The compiler refused the step for another reason than memory."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. `aliased`: outputs that take the place of donated arguments, part of both."""
+
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.output - self.aliased
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A large value of the compiled program and the operation that makes it."""
+
+    size: int
+    shape: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.size / 2**30:.2f} GiB {self.shape} by {self.source}"
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler says of a step. `compiler_flops`: its own count for one device (None where it refused the step
+    for its memory), in which the body of a loop counts once and a kernel not at all."""
+
+    memory: Memory
+    fits: bool
+    compiler_flops: float | None
+    collectives: list[Collective]
+    buffers: list[Buffer]
+    kernels: dict[str, str]
+    lowering_seconds: float
+    compiling_seconds: float
+
+
+def check_plan(config: Config, topology: Topology, devices: Sequence[Any]) -> tuple[Config, Mesh, list[str]]:
+    """The config as it can be compiled here, its mesh on the devices, and what had to be changed, in words.
+
+    Raises:
+      ConfigError: as `train.py` would on these devices.
+    """
+    config, changes = _without_gpu_kernels(config, topology)
+    mesh = make_mesh(config.mesh, devices)
+    check_batch_sizes(config, mesh)
+    check_split(config.model, mesh)
+    with target(topology):
+        kernels(config)
+    return config, mesh, changes
+
+
+def compile_step(config: Config, topology: Topology, mesh: Mesh, say: Callable[[str], None]) -> CompiledStep:
+    """Lowers and compiles the training step of a config that `check_plan` let through.
+
+    Raises:
+      PlanError: when the compiler refuses it, but not for its memory: such a step comes back with `fits` False.
+    """
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    with jax.set_mesh(mesh), target(topology), tempfile.TemporaryDirectory() as folder:
+        state = abstract_state(config, optimizer, mesh)
+        chosen, began = kernels(config), time.perf_counter()
+        say(f"lowering the training step for {topology}")
+        try:
+            lowered = lower_train_step(config, optimizer, state, mesh)
+            lowering = time.perf_counter() - began
+            say(f"lowered in {lowering:.0f} s; compiling")
+            began = time.perf_counter()
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
+                raise PlanError(explain(error, config)) from error
+            compiled = None
+        compiling = time.perf_counter() - began
+        dump = Dump(folder, lambda module: module.startswith("jit_step"))
+        if compiled is None:
+            memory, flops = _refused_memory(dump, state, mesh), None
+            say(f"refused for its memory after {compiling:.0f} s")
+        else:
+            memory, flops = _memory(compiled), float((compiled.cost_analysis() or {}).get("flops", 0.0))
+            say(f"compiled in {compiling:.0f} s")
+        text = dump.text("after_optimizations") or (compiled.as_text() if compiled is not None else "")
+        fits = compiled is not None and memory.total <= topology.chip.memory
+        # Partitions are numbered within a slice: each slice runs the same program.
+        found = collectives(text, mesh.size // topology.slices) if text else []
+        return CompiledStep(memory, fits, flops, found, dump.buffers(text), chosen, lowering, compiling)
+
+
+def explain(error: Exception, config: Config) -> str:
+    """One sentence on why the compiler refused a step, and which option avoids it."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "Mosaic" in text or "pallas" in text.lower() or "vmem" in text.lower():
+        name = re.search(r"kernel_name[\"=:\s]+([\w.]+)|name:?\s*[\"']?([\w]*(?:splash|interleaved|fused)[\w.]*)", text)
+        kernel = next(filter(None, name.groups()), "") if name else ""
+        if config.model.iha.implementation == "fused" and "splash" not in kernel:
+            kernel, option = kernel or "the fused IHA kernel", "config.model.iha.implementation=streaming"
+        else:
+            kernel, option = kernel or "Splash", "config.model.implementation=blockwise"
+        return f"TPU's compiler refused a kernel ({kernel}); --{option} does without it. It said: {lines[0]}"
+    return f"the compiler refused the step: {lines[0]}"
+
+
+class Dump:
+    """The files that XLA writes while it compiles, also when it then refuses the program for its memory."""
+
+    def __init__(self, folder: str, wanted: Callable[[str], bool]):
+        files = [path for path in Path(folder).rglob("*.txt") if wanted(path.name.split(".", 1)[1])]
+        self._files = {path.name.rsplit(".", 2)[-2]: path for path in files}
+
+    def text(self, name: str) -> str:
+        return next((path.read_text(errors="replace") for end, path in self._files.items() if end.endswith(name)), "")
+
+    def total_bytes(self) -> int | None:
+        """Of device memory, arguments included."""
+        report = self.text("memory-usage-report")
+        found = re.search(r"default \(color=0\)\s*Total bytes: (\d+)", report)
+        return int(found[1]) if found else None
+
+    def buffers(self, program: str, count: int = 3) -> list[Buffer]:
+        """The largest values that are no arguments, one for each place in memory."""
+        places: dict[tuple[str, str], Buffer] = {}
+        allocation = ""
+        for line in self.text("buffer-assignment").splitlines():
+            if line.startswith("allocation "):
+                allocation = line if "color 0" in line or "color" not in line else ""
+                allocation = "" if "parameter" in line or "constant" in line else allocation
+            found = re.match(r"\s+value: <\d+ (\S+?)(?:\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)", line)
+            if not found or not allocation:
+                continue
+            name, size, offset, shape = found.groups()
+            buffer = Buffer(int(size), re.sub(r"\{.*", "", shape), name)
+            place = (allocation, offset)
+            if place not in places or buffer.size > places[place].size:
+                places[place] = buffer
+        largest = sorted(places.values(), key=lambda buffer: -buffer.size)[:count]
+        return [dataclasses.replace(buffer, source=_source(buffer.source, program)) for buffer in largest]
+
+
+def _source(name: str, program: str) -> str:
+    """The operation of the model that an instruction was made of, as its metadata says; else its own name."""
+    found = re.search(rf"%?{re.escape(name)} = .*?op_name=\"([^\"]*)\"", program)
+    return found[1] if found else name
+
+
+def _memory(compiled: jax.stages.Compiled) -> Memory:
+    sizes = compiled.memory_analysis()
+    return Memory(
+        sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.output_size_in_bytes, sizes.alias_size_in_bytes
+    )
+
+
+def _refused_memory(dump: Dump, state: State, mesh: Mesh) -> Memory:
+    """Arguments by the shapes of the state's shards (without the layout's padding); the rest of the total is
+    temporaries."""
+    leaves = jax.tree.leaves(state)
+    arguments = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+    total = dump.total_bytes()
+    return Memory(arguments, max(0, (total or arguments) - arguments), arguments, arguments)
+
+
+@contextlib.contextmanager
+def target(topology: Topology) -> Iterator[None]:
+    """Implementations are chosen as on the topology's chips; where GPUs are fake, as on a CPU."""
+    platform = "tpu" if topology.platform == "tpu" else "cpu"
+    with target_platform(platform, devices=topology.devices):
+        yield
+
+
+def _without_gpu_kernels(config: Config, topology: Topology) -> tuple[Config, list[str]]:
+    if topology.platform != "gpu":
+        return config, []
+    model = config.model
+    changes = ["GPUs are fake CPU devices here: shardings and collectives are right, memory is XLA's CPU compiler's"]
+    if model.implementation in _GPU_ONLY:
+        model = dataclasses.replace(model, implementation="auto")
+    if model.iha.implementation in _GPU_ONLY:
+        model = dataclasses.replace(model, iha=dataclasses.replace(model.iha, implementation="auto"))
+    changes.append("attention is block-wise and streaming: cuDNN and fused kernels compile on a GPU only")
+    return dataclasses.replace(config, model=model), changes
