@@ -129,8 +129,8 @@ def run_one(w: Workload, flags: argparse.Namespace, limits: Limits) -> list[Row]
         repetitions=flags.repetitions,
         baseline=baseline,
     )
-    costs = functools.partial(workload.useful_flops, w), functools.partial(workload.least_bytes, w)
-    return with_costs(rows, *costs)
+    costs = (workload.useful_flops, workload.least_bytes, workload.executed_flops)
+    return with_costs(rows, *(functools.partial(cost, w) for cost in costs))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import rivals, workload
-from benchmarks.harness import Candidate, JaxPrepared, Limits, Prepared
+from benchmarks.harness import OUR_PREFIX, Candidate, JaxPrepared, Limits, Prepared
 from benchmarks.rivals import Skip
 from benchmarks.torch_process import CPU_MEMORY, TorchPrepared
 from benchmarks.workload import Workload
@@ -61,7 +61,7 @@ def ours(mechanism: str, implementation: str, limits: Limits) -> Candidate:
         attend = functools.partial(workload.MECHANISMS[mechanism].attend, implementation=implementation)
         return jax_attention(mechanism, attend, w, limits)
 
-    return Candidate(mechanism, f"ours {implementation}", prepare)
+    return Candidate(mechanism, f"{OUR_PREFIX}{implementation}", prepare)
 
 
 def library(mechanism: str, name: str, limits: Limits) -> Candidate:

@@ -70,6 +70,7 @@ class Row:
     seconds: Spread | None = None
     ratio: float | None = None  # to the baseline, median over rounds
     useful_flops: float = 0.0
+    executed_flops: float | None = None  # of our own, where there is a closed form
     least_bytes: float | None = None
     temporary_bytes: int | None = None
     memory_method: str = ""
@@ -204,9 +205,26 @@ def measure(
     return rows
 
 
-def with_costs(rows: Sequence[Row], flops: Callable[[str], float], moved: Callable[[str], float | None]) -> list[Row]:
-    """The rows with useful FLOPs and least bytes of their groups filled in."""
-    return [dataclasses.replace(row, useful_flops=flops(row.group), least_bytes=moved(row.group)) for row in rows]
+OUR_PREFIX = "ours "  # how names of our own candidates begin; the implementation's follows
+
+
+def with_costs(
+    rows: Sequence[Row],
+    flops: Callable[[str], float],
+    moved: Callable[[str], float | None],
+    executed: Callable[[str, str], float | None],
+) -> list[Row]:
+    """The rows with useful FLOPs and least bytes of their groups filled in, and for those of ours that were timed what
+    `executed(group, implementation)` says."""
+
+    def filled(row: Row) -> Row:
+        mine = row.seconds is not None and row.name.startswith(OUR_PREFIX)
+        count = executed(row.group, row.name.removeprefix(OUR_PREFIX)) if mine else None
+        return dataclasses.replace(
+            row, useful_flops=flops(row.group), least_bytes=moved(row.group), executed_flops=count
+        )
+
+    return [filled(row) for row in rows]
 
 
 def chosen(candidates: Sequence[Candidate], only: Sequence[str], without: Sequence[str]) -> list[Candidate]:

@@ -67,8 +67,19 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def table(title: str, rows: Sequence[Row], facts: dict[str, Any]) -> str:
-    """One size: the timed rows, then why others are missing."""
-    header = ("candidate", "median ms", "quartiles ms", "ratio", "GFLOP/s", "of matmul", "temp MiB", "error")
+    """One size: the timed rows, then why others are missing. GFLOP/s are useful ones; "executed": what is computed for
+    them, as a multiple, where it is known."""
+    header = (
+        "candidate",
+        "median ms",
+        "quartiles ms",
+        "ratio",
+        "GFLOP/s",
+        "of matmul",
+        "executed",
+        "temp MiB",
+        "error",
+    )
     lines: list[tuple[str, ...]] = [header]
     for row in rows:
         if row.seconds is None:
@@ -78,7 +89,8 @@ def table(title: str, rows: Sequence[Row], facts: dict[str, Any]) -> str:
         quartiles = f"{1e3 * row.seconds.lower:.1f} - {1e3 * row.seconds.upper:.1f}"
         of_matmul = f"{100 * rate / facts['matmul_flops_per_second']:.1f} %"
         numbers = (f"{1e3 * row.seconds.median:.1f}", quartiles, f"{row.ratio:.2f}", f"{rate / 1e9:.1f}", of_matmul)
-        lines.append((row.label, *numbers, memory, f"{row.error:.0e}"))
+        executed = "" if row.executed_flops is None else f"{row.executed_flops / row.useful_flops:.2f}"
+        lines.append((row.label, *numbers, executed, memory, f"{row.error:.0e}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [title]
     for line in lines:
@@ -97,6 +109,7 @@ def csv_row(row: Row, facts: dict[str, Any]) -> dict[str, Any]:
     rate = row.useful_flops / row.seconds.median if row.seconds else None
     record |= {"ratio": row.ratio, "useful_flops": row.useful_flops, "useful_flops_per_second": rate}
     record["fraction_of_matmul"] = None if rate is None else rate / facts["matmul_flops_per_second"]
+    record["executed_flops"] = row.executed_flops
     record |= {"least_bytes": row.least_bytes, "temporary_bytes": row.temporary_bytes}
     return record | {"memory_method": row.memory_method}
 

@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.candidates import our_names
 from benchmarks.flags import add_common, cross
 from benchmarks.harness import (
+    OUR_PREFIX,
     Arrays,
     Candidate,
     Limits,
@@ -43,6 +44,7 @@ from benchmarks.torch_process import CPU_MEMORY, TorchPrepared
 from configs import base
 from iha_jax.accounting import training_flops_per_token
 from iha_jax.config import IHA_KINDS, Config, resolve
+from iha_jax.executed import executed_flops_per_token
 from iha_jax.model import initialize
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.step import initial_state, make_train_step
@@ -197,7 +199,7 @@ def ours(arm: str, implementation: str, limits: Limits) -> Candidate:
             raise Skip(str(error).splitlines()[-1].strip(" -")) from error
         return OurStep(config, step, limits)
 
-    return Candidate(arm, f"ours {implementation}", prepare)
+    return Candidate(arm, f"{OUR_PREFIX}{implementation}", prepare)
 
 
 def registry(limits: Limits) -> list[Candidate]:
@@ -208,6 +210,15 @@ def registry(limits: Limits) -> list[Candidate]:
         Candidate("mha", "torch GPT", functools.partial(plain, compiled=False), CPU_MEMORY),
         Candidate("mha", "torch GPT compiled", functools.partial(plain, compiled=True), CPU_MEMORY),
     ]
+
+
+def executed_flops(step: Step, arm: str, implementation: str) -> float | None:
+    """What a step computes, recomputation included; None under remat, which decides itself what to recompute."""
+    if step.remat != "none":
+        return None
+    model = config_of(step, arm, **{_varied(arm): implementation}).model
+    rows = executed_flops_per_token(model, batch_size=step.batch, training=True, segments=step.segments)
+    return step.batch * step.tokens * rows.total
 
 
 def trusted_losses(step: Step, arm: str) -> Arrays:
@@ -262,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         )
         tokens = step.batch * step.tokens
         flops = {arm: tokens * training_flops_per_token(config_of(step, arm).model) for arm in trusted}
-        mine = with_costs(mine, flops.__getitem__, lambda arm: None)
+        executed = functools.partial(executed_flops, step)
+        mine = with_costs(mine, flops.__getitem__, lambda arm: None, executed)
         rates = [f"  {r.label}: {tokens / r.seconds.median:,.0f} tokens/s" for r in mine if r.seconds]
         lines = [line for pair in HEADLINES if (line := report.headline(mine, *pair))]
         print("\n".join(["", report.table(step.title, mine, facts), *rates, *lines]), flush=True)

@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, H heads, d head width, P pseudo-heads, W window in tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from configs import base
 from iha_jax.accounting import flops_per_token
 from iha_jax.config import ModelConfig, resolve
+from iha_jax.executed import attention_flops, layer_work
 from iha_jax.ops import apply_rope, dot_product_attention, interleaved_head_attention
 
 Arrays = dict[str, np.ndarray]
@@ -176,6 +178,18 @@ def useful_flops(w: Workload, mechanism: str) -> float:
     """Scores of visible pairs, mixing and collapse, forward and (twice that) backward; no projections."""
     flops = flops_per_token(model_config(w, mechanism))
     return (3 if w.backward else 1) * w.batch * w.tokens * (flops.scores + flops.mixing)
+
+
+def executed_flops(w: Workload, mechanism: str, implementation: str) -> float | None:
+    """What an implementation computes: masked pairs of its blocks and what its backward pass recomputes included. None
+    for the reference's backward pass, which nobody should time."""
+    if implementation == "reference" and w.backward:
+        return None
+    model = model_config(w, mechanism)
+    iha = dataclasses.replace(model.iha, implementation=implementation)
+    model = dataclasses.replace(model, compute_dtype=w.dtype, implementation=implementation, iha=iha)
+    work = layer_work(model, mechanism, batch_size=w.batch, training=w.backward, segments=False)
+    return w.batch * sum(attention_flops(model, work))
 
 
 def least_bytes(w: Workload, mechanism: str) -> int:

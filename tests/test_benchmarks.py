@@ -43,6 +43,8 @@ def check_timed(rows: list[dict[str, str]], expected: set[tuple[str, str]]) -> N
         assert float(row["useful_flops"]) > 0
         assert float(row["fraction_of_matmul"]) > 0
         assert float(row["temporary_bytes"]) > 0
+        assert row["name"].startswith("ours") == (row["executed_flops"] != "")
+        assert float(row["executed_flops"] or "inf") > float(row["useful_flops"])
     for row in rows:
         assert row["status"] == "timed" or row["reason"]
 
@@ -158,6 +160,9 @@ def test_costs_by_hand():
     assert workload.useful_flops(TINY, "mha") == pytest.approx(3 * 4 * d * H * N * (N + 1) / 2)
     assert workload.least_bytes(TINY, "mha") == 4 * (3 * 3 * B * N * H * d + 3 * B * N * H * d)
     assert workload.matched_window(8192, 20) == 10
+    # One block of 13 queries by 13 keys; training computes scores 4 times and sums 3.
+    assert workload.executed_flops(TINY, "mha", "blockwise") == 2 * d * H * (4 + 3) * N * N
+    assert workload.executed_flops(TINY, "mha", "reference") is None
 
 
 def test_sizes_form_a_cross():

@@ -13,9 +13,17 @@ import jax.numpy as jnp
 import pytest
 
 from iha_jax.accounting import Flops, flops_per_token, layer_pairs, training_flops_per_token
-from iha_jax.executed import blockwise_work, executed_flops_per_token, layer_work, reference_work, streaming_work
+from iha_jax.config import LAYER_KINDS
+from iha_jax.executed import executed_flops_per_token, layer_work
+from iha_jax.executed.xla import blockwise_work, reference_work, simplicial_work, streaming_work, talking_heads_work
 from iha_jax.model import abstract_parameters, bind
-from iha_jax.ops import dot_product_attention, interleaved_head_attention
+from iha_jax.ops import (
+    differential_attention,
+    dot_product_attention,
+    interleaved_head_attention,
+    simplicial_attention,
+    talking_heads_attention,
+)
 from iha_jax.ops.streaming import Geometry
 from tests.tiny import tiny
 
@@ -45,7 +53,7 @@ def counted(function, *shapes):
 def flops(work, P=0, collapse=0):
     """Of one row: `2 d` for each product of a head and for each mixing weight and token."""
     mixed = work.queries * H * H * P + (work.keys + work.values) * K * H * P + work.collapsed * collapse
-    return 2 * d * (H * (work.scores + work.sums) + mixed)
+    return 2 * d * (H * (work.scores + work.sums) + mixed) + 2 * H * H * work.exchanged
 
 
 def step_of(function):
@@ -75,6 +83,40 @@ def test_blockwise(unrolled, N, window, causal, training):
 
     xla = counted(step_of(attend) if training else attend, (1, N, H, d), (1, N, K, d), (1, N, K, d))
     check(flops(blockwise_work(N, window, causal=causal, training=training)), xla)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("N", "window"), [(203, None), (203, 29), (211, 97)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_talking_heads(unrolled, N, window, causal, training):
+    def attend(*arguments):
+        return talking_heads_attention(*arguments, causal=causal, window=window)
+
+    shapes = (2, N, H, d), (2, N, K, d), (2, N, K, d), (H, H), (H, H)
+    work = talking_heads_work(N, window, heads=H, batch=2, causal=causal, training=training)
+    check(2 * flops(work), counted(step_of(attend) if training else attend, *shapes))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("N", "windows"), [(97, None), (203, (97, 11)), (203, (7, 61))])
+@pytest.mark.parametrize("causal", [True, False])
+def test_simplicial(unrolled, N, windows, causal, training):
+    def attend(*arguments):
+        return simplicial_attention(*arguments, causal=causal, windows=windows)
+
+    keys = (1, N, K, d)
+    work = simplicial_work(N, windows, heads=H, causal=causal, training=training)
+    check(flops(work), counted(step_of(attend) if training else attend, (1, N, H, d), *[keys] * 4))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_differential(unrolled, training):
+    """Values of width 2 d: one call of block-wise attention whose sums are twice as wide."""
+    N = 203
+    work = blockwise_work(N, None, training=training)
+    work = dataclasses.replace(work, sums=2 * work.sums)
+    shapes = (1, N, H, d), (1, N, K, d), (1, N, K // 2, 2 * d), ()
+    check(flops(work), counted(step_of(differential_attention) if training else differential_attention, *shapes))
 
 
 def interleaved(N, P, window, causal, causality, collapse="global", implementation="streaming", B=1):
@@ -143,9 +185,21 @@ def model_of(pattern, **changes):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("pattern", [("mha",), ("mha_local", "mha"), ("iha_local", "mha")], ids="-".join)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ("mha",),
+        ("mha_local", "mha"),
+        ("iha_local", "mha"),
+        ("talking_heads",),
+        ("differential",),
+        ("simplicial_local", "fused_mixing"),
+    ],
+    ids="-".join,
+)
 def test_a_whole_model(unrolled, pattern, training):
-    model = model_of(pattern, model__num_kv_heads=1, model__mlp="swiglu")
+    heads = 2 if "differential" in pattern else 1
+    model = model_of(pattern, model__num_kv_heads=heads, model__mlp="swiglu")
     tokens = jnp.zeros((2, model.context_length), jnp.int32)
 
     def loss(parameters):
@@ -161,11 +215,12 @@ def test_a_whole_model(unrolled, pattern, training):
 
 
 def test_work_is_never_less_than_what_is_visible():
-    for kind in ("mha", "mha_local", "iha", "iha_local"):
-        model = model_of((kind,))
-        work = layer_work(model, kind)
-        assert min(work.scores, work.sums) >= layer_pairs(model, kind)
-        assert isinstance(executed_flops_per_token(model), Flops)
+    for kind in LAYER_KINDS:
+        for causal in (True, False):
+            model = dataclasses.replace(model_of((kind,)), causal=causal)
+            work = layer_work(model, kind)
+            assert min(work.scores, work.sums) >= layer_pairs(model, kind)
+            assert isinstance(executed_flops_per_token(model), Flops)
 
 
 def test_what_has_no_closed_form_is_an_error():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from iha_jax.ops import interleaved_head_attention
+from iha_jax.ops import interleaved_head_attention, target_platform
 from iha_jax.ops.pallas.interleaved_tpu import fused_interleaved_attention, plan
 from iha_jax.ops.pallas.interleaved_tpu_blocks import Blocks
 
@@ -172,9 +172,7 @@ def test_parts_have_equal_work_and_only_odd_batches_need_them():
 
 
 def test_what_cannot_run_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"window = 1024 .* this chip has 16; .*implementation='streaming'"):
-        planned(shapes_of(), 2, **paper(1024), chip="v4")
-    with pytest.raises(ValueError, match=r"window = 8192 .*this chip has 128"):
+    with pytest.raises(ValueError, match=r"window = 8192 .*TPU v5e has 128; use implementation='streaming'"):
         planned(shapes_of(), 20, **paper(None), chip="v5e")
     with pytest.raises(ValueError, match=r"chip = 'v5'; expected one of 'v4'"):
         planned(shapes_of(), 20, **paper(10), chip="v5")
@@ -184,6 +182,25 @@ def test_what_cannot_run_is_refused_by_name():
         planned(shapes_of(dtype=jnp.float16), 20, **paper(10), chip="v5p")
     with pytest.raises(ValueError, match="block = 12; expected a positive multiple of 8"):
         planned(shapes_of(), 20, **paper(10), chip="v5p", block=12)
+
+
+def test_public_call_for_a_chip_that_is_not_here():
+    """v4 at P = 2 is refused while tracing; the same call is traced for v5p, and nothing is known without a chip."""
+    mixing = [jax.ShapeDtypeStruct((20, 20, 2), jnp.bfloat16)] * 4
+    call = functools.partial(interleaved_head_attention, **paper(1024), implementation="fused")
+    needs = r"window = 1024 tokens with 20 heads of width 128, P = 2: .* needs about \d+ MiB .*\(VMEM\), and a core of "
+    refusal = pytest.raises(ValueError, match=needs + r"TPU v4 has 16; use implementation='streaming'")
+    with target_platform("tpu", chip="v4"), refusal:
+        jax.eval_shape(call, *shapes_of(), *mixing)
+    with target_platform("tpu", chip="v5p"):
+        assert jax.eval_shape(call, *shapes_of(), *mixing).shape == (1, 8192, 20, 128)
+    with (
+        target_platform("tpu"),
+        pytest.raises(ValueError, match=r"name the chip .*target_platform\('tpu', chip='v5p'\)"),
+    ):
+        jax.eval_shape(call, *shapes_of(), *mixing)
+    with target_platform("tpu", chip="v5"), pytest.raises(ValueError, match=r"chip = 'v5'; expected one of 'v4'"):
+        jax.eval_shape(call, *shapes_of(), *mixing)
 
 
 def compile_row(chip, P, window, **switches):

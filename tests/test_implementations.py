@@ -55,6 +55,8 @@ def test_refusals_say_why_and_what_works(operation):
         resolve_implementation(operation, "plain", CALL)
     with pytest.raises(ValueError, match="platform = 'cuda'"), target_platform("cuda"):
         pass
+    with pytest.raises(ValueError, match="chip = 'v5p'; expected None"), target_platform("gpu", chip="v5p"):
+        pass
 
 
 def test_a_function_jitted_for_one_target_is_traced_again_for_another():

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from iha_jax.ops import dot_product_attention, reference, target_platform
+from iha_jax.ops import differential_attention, dot_product_attention, reference, target_platform
+from iha_jax.ops.cudnn import cudnn_attention
 from iha_jax.ops.splash import block_size, splash_attention
 
 B, D, E = 2, 6, 10  # rows, head width, value width
@@ -112,6 +113,7 @@ def test_kernels_refuse_what_they_cannot_run():
         cudnn("window only together with causal=True", half, causal=False, window=3)
         cudnn("bfloat16 or float16, got float32", [x.astype(jnp.float32) for x in half])
         cudnn("as wide as keys", [*half[:2], half[2][..., :8]])
+        cudnn(r"as wide as keys \(16\), or a multiple, got 24", [*half[:2], jnp.ones((1, 6, 2, 24), jnp.bfloat16)])
         cudnn("multiples of 8, at most 128", [x[..., :12] for x in half])
         cudnn("multiples of 8, at most 128", [jnp.concatenate([x] * 9, axis=-1) for x in half])
         cudnn("even number of tokens, got 5", [x[:, :5] for x in half])
@@ -162,6 +164,34 @@ def test_cudnn_is_told_mask_window_scale_and_groups(cuda_lowering, name, causal,
     got = descriptors(jax.grad(lambda *x: run(*x).sum().astype(jnp.float32), argnums=(0, 1, 2)), q, k, v)
     operands = ["2x22x4x16", "2x22x2x16", "2x22x2x16"]
     assert got == [(f"__cudnn$fmhaSoftmax{direction}", operands, mask, length, 0.25) for direction in ("", "Backward")]
+
+
+@pytest.mark.parametrize("name", ["cudnn", "auto"])
+def test_differential_attention_is_two_calls_of_cudnn(cuda_lowering, name):
+    """Values of width 2d in halves of width d: twice the same queries and keys, forward and backward."""
+    shapes = [(2, 22, 8, 16), (2, 22, 4, 16), (2, 22, 2, 32)]
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    run = functools.partial(differential_attention, lambda_=jnp.float32(0.3), window=3, implementation=name)
+    got = descriptors(jax.grad(lambda *x: run(*x).sum().astype(jnp.float32), argnums=(0, 1, 2)), q, k, v)
+    call = ["2x22x8x16", "2x22x4x16", "2x22x4x16"], "CAUSAL", 3, 0.25
+    assert sorted(got) == [(f"__cudnn$fmhaSoftmax{direction}", *call) for direction in ("", "", *["Backward"] * 2)]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_values_in_parts_of_the_width_of_keys_equal_the_reference(monkeypatch, window):
+    """What `cudnn` computes of values three times as wide as keys, its kernel replaced by `jax.nn`'s XLA form."""
+    attend = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *x, **how: attend(*x, **(how | {"implementation": "xla"}))
+    )
+    *arguments, weights = normal(5, (1, 7, 2, D), (1, 7, 1, D), (1, 7, 1, 3 * D), (1, 7, 2, 3 * D))
+    got = value_and_gradients(functools.partial(cudnn_attention, causal=True, window=window), arguments, weights)
+    expected = value_and_gradients(
+        functools.partial(reference.dot_product_attention, causal=True, window=window), arguments, weights
+    )
+    for x, y in zip(got, expected, strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=5e-6)
 
 
 def test_the_library_behind_cudnn_missing_is_a_refusal():

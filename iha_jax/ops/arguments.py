@@ -11,10 +11,7 @@ from iha_jax.array_types import Array
 def check_attention(q: Array, k: Array, v: Array, window: int | None, segment_ids: Array | None) -> None:
     """Ranks, head counts, dtypes, window and segments of `q [B, N, H, d]`, `k [B, N, K, d]`, `v [B, N, K, e]`."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {x.shape}; expected rank 4: [batch, tokens, heads, width]")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+        check_heads(name, x)
         if x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}; expected {q.dtype} as q has; cast one of them")
     B, N, H, d = q.shape
@@ -33,9 +30,36 @@ def check_attention(q: Array, k: Array, v: Array, window: int | None, segment_id
             raise ValueError(f"segment_ids has dtype {segment_ids.dtype}; expected integers, 0 for padding")
 
 
+def check_heads(name: str, x: Array) -> None:
+    """`[batch, tokens, heads, width]`, floating, with at least one token and head and a width of at least 1."""
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {x.shape}; expected rank 4: [batch, tokens, heads, width]")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} has shape {x.shape}; expected at least one token, head and number of a head")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {x.dtype}; expected a floating-point dtype")
+
+
 def check_window(window: int | None) -> None:
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    if window is not None and not _is_positive(window):
         raise ValueError(f"window = {window!r}; expected None or a positive number of tokens")
+
+
+def check_windows(windows: tuple[int, int] | None) -> None:
+    if windows is None:
+        return
+    if not isinstance(windows, tuple | list) or len(windows) != 2 or not all(map(_is_positive, windows)):
+        raise ValueError(f"windows = {windows!r}; expected None or (w1, w2), two positive numbers of tokens")
+
+
+def _is_positive(count: int) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count > 0
+
+
+def check_pseudo_heads(name: str, x: Array) -> None:
+    """`[batch, tokens, heads, pseudo-heads, width]`."""
+    if x.ndim != 5:
+        raise ValueError(f"{name} has shape {x.shape}; expected rank 5: [batch, tokens, heads, pseudo-heads, width]")
 
 
 def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array, T: int) -> None:

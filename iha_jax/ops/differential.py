@@ -39,11 +39,13 @@ def differential_attention(
       ValueError: at trace time, naming the argument, what was got and what was expected.
     """
     if q.ndim == k.ndim == v.ndim == 4:
-        H, K = q.shape[2], k.shape[2]
+        (B, N, H, _), K = q.shape, k.shape[2]
         if H % 2 or K % 2:
             raise ValueError(f"q has {H} heads and k {K}; expected even numbers: pairs of each")
-        if 2 * v.shape[2] != K:
-            raise ValueError(f"v has {v.shape[2]} heads; expected {K // 2}, half as many as k {k.shape}")
+        if v.shape[:3] != (B, N, K // 2):
+            raise ValueError(
+                f"v has shape {v.shape}; expected [{B}, {N}, {K // 2}, e], half as many heads as k {k.shape}"
+            )
     if jnp.shape(lambda_):
         raise ValueError(f"lambda_ has shape {jnp.shape(lambda_)}; expected a scalar")
     twice = jnp.repeat(v, 2, axis=2) if v.ndim == 4 else v

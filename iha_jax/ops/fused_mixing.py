@@ -21,5 +21,7 @@ def fuse_mixing(weight: Float[Array, "... S d"], mix: Float[Array, "S S"]) -> Fl
     """
     if weight.ndim < 2:
         raise ValueError(f"weight has shape {weight.shape}; expected [..., heads, width]")
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"weight has dtype {weight.dtype}; expected a floating-point dtype")
     check_head_mix("mix", mix, weight.shape[-2], weight.dtype)
     return jnp.einsum("...md,mh->...hd", weight, mix)

@@ -87,8 +87,8 @@ def cudnn_limits(features: Features) -> str | None:
         return f"takes a window only together with causal=True, got window = {features.window}, causal = False"
     if features.dtype not in ("bfloat16", "float16"):
         return f"takes bfloat16 or float16, got {features.dtype}"
-    if features.value_width != features.head_width:
-        return f"takes values as wide as keys ({features.head_width}), got {features.value_width}"
+    if features.value_width % features.head_width or not features.value_width:
+        return f"takes values as wide as keys ({features.head_width}), or a multiple, got {features.value_width}"
     if features.tokens % 2:
         return f"takes an even number of tokens, got {features.tokens}"
     capability: tuple[int, int] | None = _compute_capability() if jax.default_backend() == "gpu" else (8, 0)
@@ -113,34 +113,42 @@ LIMITS: Mapping[str, Callable[[Features], str | None]] = {"cudnn": cudnn_limits,
 # The compiler cannot partition these over devices, so "auto" takes them only for one device or inside `jax.shard_map`.
 ONE_DEVICE = ("splash",)
 
-_TARGET = jax.make_user_context(None)  # (platform, devices), per thread, and part of jit's cache key
+_TARGET = jax.make_user_context(None)  # (platform, devices, chip), per thread, and part of jit's cache key
 
 
 @contextlib.contextmanager
-def target_platform(platform: str, devices: int = 1) -> Iterator[None]:
+def target_platform(platform: str, devices: int = 1, chip: str | None = None) -> Iterator[None]:
     """Chooses implementations for "cpu", "gpu" or "tpu" instead of the backend of this process, in this thread.
 
     For compiling ahead of time for `devices` devices that are not here:
 
-        with target_platform("tpu", devices=mesh.size):
+        with target_platform("tpu", devices=mesh.size, chip="v5p"):
             jax.jit(step).lower(...).compile()   # with shardings on a topology's devices
 
+    `chip` ("v4", "v5e", "v5p", "v6e" or "7x") is needed by kernels that divide on-chip memory themselves: "fused" IHA.
     The choice is made while tracing, so tracing has to happen inside the block.
 
     Raises:
-      ValueError: for another platform, or no devices.
+      ValueError: for another platform, no devices, or a chip of another platform than "tpu".
     """
     if platform not in PLATFORMS:
         raise ValueError(f"platform = {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}")
     if devices < 1:
         raise ValueError(f"devices = {devices}; expected 1 or more")
-    with _TARGET((platform, devices)):
+    if chip is not None and platform != "tpu":
+        raise ValueError(f"chip = {chip!r}; expected None for platform {platform!r}: chips are those of TPUs")
+    with _TARGET((platform, devices, chip)):
         yield
 
 
 def current_platform() -> str:
     """The platform implementations are chosen for: `target_platform`'s, else that of `jax.default_backend()`."""
     return _TARGET.value[0] if _TARGET.value else jax.default_backend()
+
+
+def current_chip() -> str | None:
+    """The TPU that `target_platform` names; None for the one of this process."""
+    return _TARGET.value[2] if _TARGET.value else None
 
 
 def partitioned() -> bool:

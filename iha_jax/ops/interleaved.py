@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
-from iha_jax.ops.arguments import check_attention, check_choice, check_mixing
+from iha_jax.ops.arguments import check_attention, check_choice, check_heads, check_mixing, check_pseudo_heads
 from iha_jax.ops.implementations import Features, current_platform, resolve_implementation
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
@@ -29,12 +29,24 @@ def resolve_interleaved_implementation(name: str, features: Features) -> str:
 
 
 def mix_heads(x: Float[Array, "B N S d"], alpha: Float[Array, "S H P"]) -> Float[Array, "B N H P d"]:
-    """`out[n, h, p] = sum_m alpha[m, h, p] x[n, m]`: the pseudo-heads of each head (section 4, step 2)."""
+    """`out[n, h, p] = sum_m alpha[m, h, p] x[n, m]`: the pseudo-heads of each head (section 4, step 2).
+
+    Raises:
+      ValueError: at trace time, naming the argument, what was got and what was expected; so do the two below.
+    """
+    check_heads("x", x)
+    if alpha.ndim != 3 or alpha.shape[0] != x.shape[2] or 0 in alpha.shape:
+        raise ValueError(
+            f"alpha has shape {alpha.shape}; expected [{x.shape[2]}, H, P]: source head, head, pseudo-head"
+        )
+    if alpha.dtype != x.dtype:
+        raise ValueError(f"alpha has dtype {alpha.dtype}; expected {x.dtype} as x has; cast one of them")
     return jnp.einsum("bnmd,mhp->bnhpd", x, alpha)
 
 
 def interleave(x: Float[Array, "B N H P d"]) -> Float[Array, "B N*P H d"]:
     """Token n, pseudo-head p to virtual token `n*P + p` (section 4, step 3)."""
+    check_pseudo_heads("x", x)
     B, N, H, P, d = x.shape
     return jnp.swapaxes(x, 2, 3).reshape(B, N * P, H, d)
 
@@ -43,6 +55,12 @@ def collapse_heads(
     x: Float[Array, "B N H P d"], collapse: Float[Array, "H H P"] | Float[Array, "H P"]
 ) -> Float[Array, "B N H d"]:
     """`out[n, g] = sum_{h,p} R[g, h, p] x[n, h, p]` (global), or `out[n, h] = sum_p R[h, p] x[n, h, p]` (per head)."""
+    check_pseudo_heads("x", x)
+    H, P = x.shape[2:4]
+    if collapse.shape[-2:] != (H, P) or collapse.ndim not in (2, 3):
+        raise ValueError(f"collapse has shape {collapse.shape}; expected [G, {H}, {P}] (global) or {(H, P)} (per head)")
+    if collapse.dtype != x.dtype:
+        raise ValueError(f"collapse has dtype {collapse.dtype}; expected {x.dtype} as x has; cast one of them")
     if collapse.ndim == 3:
         return jnp.einsum("bnhpd,ghp->bngd", x, collapse)
     return jnp.einsum("bnhpd,hp->bnhd", x, collapse)

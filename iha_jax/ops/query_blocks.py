@@ -6,7 +6,7 @@ Shapes: N tokens, C query tokens of a block, M key tokens it can reach.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,35 @@ def span_of(N: int, smallest: int, causal: bool) -> int:
     return min(N, max(smallest, -(-N // MAX_PREFIXES))) if causal else N
 
 
+class Span(NamedTuple):
+    """Queries `start` to `end`, cut into `count` blocks of C (the last one padded), each against the first M keys."""
+
+    start: int
+    end: int
+    count: int
+    C: int
+    M: int
+
+
+def spans(N: int, size: int, causal: bool) -> list[Span]:
+    """What `attend_in_blocks` computes, in blocks of about `size`: if causal, at most `MAX_PREFIXES` spans of queries,
+    each against the keys before its end; else one span against all keys."""
+    span, found = span_of(N, size, causal), []
+    for start in range(0, N, span):
+        end = min(start + span, N)
+        count = -(-(end - start) // size)
+        found.append(Span(start, end, count, C=-(-(end - start) // count), M=end if causal else N))
+    return found
+
+
 def attend_in_blocks(
     attend: Callable[[Tree, Tree, Array, np.ndarray], Array], queries: Tree, keys: Tree, *, size: int, causal: bool
 ) -> Array:
-    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks, joined: [..., N, width].
-
-    Causal: at most `MAX_PREFIXES` spans of queries, each against the keys before its end, in blocks of about `size`.
-    """
+    """`attend(queries of a block, keys, their positions [C], [M])` over all blocks of `spans`: [..., N, width]."""
     N = jax.tree.leaves(queries)[0].shape[-2]
-    span = span_of(N, size, causal)
     outputs = []
-    for start in range(0, N, span):
-        end = min(start + span, N)
-        M = end if causal else N
+    for start, end, count, C, M in spans(N, size, causal):
         reachable, part_keys = np.arange(M), jax.tree.map(lambda x, M=M: x[..., :M, :], keys)
-        count = -(-(end - start) // size)
-        C = -(-(end - start) // count)
 
         def step(_: None, xs: tuple[Tree, Array], part_keys: Tree = part_keys, seen: np.ndarray = reachable) -> Any:
             return None, jax.checkpoint(lambda q, k, rows: attend(q, k, rows, seen))(xs[0], part_keys, xs[1])

@@ -57,10 +57,12 @@ def apply_rope(
     """Rotates queries or keys by their positions, `0 .. N-1` unless given (static numpy integers `[N]`).
 
     Raises:
-      ValueError: for an odd head width, a non-positive `theta`, or `positions` of another length.
+      ValueError: for another rank, an odd width, integers, a non-positive `theta`, or `positions` of another length.
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"x has shape {x.shape}; expected [B, N, H, d] with an even head width d")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}; expected a floating-point dtype")
     if not theta > 0:
         raise ValueError(f"theta = {theta}; expected a number above 0")
     N, width, dtype = x.shape[1], x.shape[-1], working_dtype(x)

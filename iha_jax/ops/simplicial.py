@@ -17,7 +17,7 @@ import numpy as np
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference_baselines as reference
-from iha_jax.ops.arguments import check_attention, check_window
+from iha_jax.ops.arguments import check_attention, check_windows
 from iha_jax.ops.blockwise import same_segment
 from iha_jax.ops.implementations import Features
 from iha_jax.ops.query_blocks import (
@@ -35,6 +35,24 @@ SMALLEST_BLOCK = 8  # dense
 SMALLEST_WINDOW_BLOCK = 16
 
 Keys = tuple[Array, Array, Array]  # keys [B, H, M, d], values [B, H, M, e], segments [B, M, 1]
+
+
+def block_tokens(B: int, H: int, N: int, windows: tuple[int, int] | None, causal: bool) -> int:
+    """Query tokens of a block; `windows` are at most N, the larger one first, or None where both hide nothing."""
+    if windows is None:
+        return block_of(B * H * N * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
+    return block_of(2 * B * H * windows[0] * second_keys(windows, causal), SMALLEST_WINDOW_BLOCK, min(N, windows[0]))
+
+
+def second_keys(windows: tuple[int, int], causal: bool) -> int:
+    """R: second keys of one query, those beyond the ends of the sequence included."""
+    return windows[1] if causal else 2 * windows[1] - 1
+
+
+def settled(windows: tuple[int, int] | None, N: int) -> tuple[int, int] | None:
+    """Windows of at most N, None where both hide nothing; the larger first, since the key sets are interchangeable."""
+    larger = None if windows is None else (min(max(windows), N), min(min(windows), N))
+    return None if larger == (N, N) else larger
 
 
 def simplicial_attention(
@@ -64,18 +82,13 @@ def simplicial_attention(
     for name, x, like, other in (("k2", k2, "k", k), ("v2", v2, "v", v)):
         if x.shape != other.shape or x.dtype != other.dtype:
             raise ValueError(f"{name} is {x.dtype}{x.shape}; expected {other.dtype}{other.shape} as {like} is")
-    if windows is not None:
-        if not isinstance(windows, tuple | list) or len(windows) != 2:
-            raise ValueError(f"windows = {windows!r}; expected None or (w1, w2), two positive numbers of tokens")
-        for w in windows:
-            check_window(w)
-        windows = (min(windows[0], q.shape[1]), min(windows[1], q.shape[1]))
-        windows = None if windows == (q.shape[1], q.shape[1]) else windows
+    check_windows(windows)
     features = Features.of(q, v, causal=causal, window=windows and windows[0], segment_ids=segment_ids)
     if resolve_blocked_implementation(implementation, features) == "reference":
         return reference.simplicial_attention(q, k, v, k2, v2, causal=causal, windows=windows, segment_ids=segment_ids)
-    if windows is not None and windows[1] > windows[0]:  # the two key sets are interchangeable: the smaller one second
-        k, v, k2, v2, windows = k2, v2, k, v, (windows[1], windows[0])
+    if windows is not None and windows[1] > windows[0]:  # the smaller window second
+        k, v, k2, v2 = k2, v2, k, v
+    windows = settled(windows, q.shape[1])
     # Keys are repeated, small beside the logits, rather than grouped: a block's arrays then have five axes, six under
     # vmap. XLA for CPUs (jax 0.10) crashes in a product of matrices fused with a product and a sum over seven.
     ids, group = token_ids(segment_ids, q.shape[0], q.shape[1]), q.shape[2] // k.shape[2]
@@ -97,15 +110,13 @@ def _dense(queries: tuple[Array, Array], first: Keys, second: Keys, causal: bool
         k2_BHRd, v2_BHRe, _ = keys[1]
         return _attend(queries[0], keys[0], seen, (k2_BHRd[:, :, None], v2_BHRe[:, :, None]), seen)
 
-    size = block_of(B * H * N * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
-    return attend_in_blocks(attend, queries, (first, second), size=size, causal=causal)
+    return attend_in_blocks(attend, queries, (first, second), size=block_tokens(B, H, N, None, causal), causal=causal)
 
 
 def _windowed(queries: tuple[Array, Array], first: Keys, second: Keys, causal: bool, windows: tuple[int, int]) -> Array:
     B, H, N, _ = queries[0].shape
     halos = [(w - 1, 0 if causal else w - 1) for w in windows]
-    reach = sum(halos[1]) + 1  # second keys of one query
-    size = block_of(2 * B * H * windows[0] * reach, SMALLEST_WINDOW_BLOCK, min(N, windows[0]))
+    reach, size = second_keys(windows, causal), block_tokens(B, H, N, windows, causal)
     offset = np.arange(size)[:, None] - (np.arange(sum(halos[0]) + size) - halos[0][0])
     near_CM = jnp.asarray((np.abs(offset) < windows[0]) & ((offset >= 0) | (not causal)))
 

@@ -33,6 +33,15 @@ SMALLEST_BLOCK = 64
 LONG_WINDOW = 512  # tokens: with longer windows, blocks are shorter than the window where scores are many
 
 
+def block_tokens(B: int, H: int, N: int, window: int | None, causal: bool) -> int:
+    """Query tokens of a block; `window` is None or below N. Windowed: a block as long as the window keeps two copies of
+    each key; shorter blocks keep more."""
+    if window is None:
+        return block_of(B * H * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
+    smallest = max(SMALLEST_BLOCK, min(window, LONG_WINDOW))
+    return block_of(2 * B * H * window, min(N, smallest), min(N, max(window, SMALLEST_BLOCK)))
+
+
 def talking_heads_attention(
     q: Float[Array, "B N H d"],
     k: Float[Array, "B N K d"],
@@ -80,17 +89,14 @@ def talking_heads_attention(
     ids = token_ids(segment_ids, B, N)
     queries = (jnp.moveaxis(q, 1, 2).reshape(B, K, H // K, N, d), ids)
     keys = (jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), ids)
+    size = block_tokens(B, H, N, window, causal)
     if window is None:
 
         def in_block(queries, keys, rows, columns):
             return attend(queries, keys, (columns <= rows[:, None]) | (not causal))
 
-        size = block_of(B * H * N, SMALLEST_BLOCK, span_of(N, SMALLEST_BLOCK, causal))
         out = attend_in_blocks(in_block, queries, keys, size=size, causal=causal)
     else:
-        # A block as long as the window keeps two copies of each key; shorter blocks keep more.
-        smallest = max(SMALLEST_BLOCK, min(window, LONG_WINDOW))
-        size = block_of(2 * B * H * window, min(N, smallest), min(N, max(window, SMALLEST_BLOCK)))
         halo = (window - 1, 0 if causal else window - 1)
         offset = jnp.arange(size)[:, None] - (jnp.arange(sum(halo) + size) - halo[0])
         near = (jnp.abs(offset) < window) & ((offset >= 0) | (not causal))

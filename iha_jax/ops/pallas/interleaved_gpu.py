@@ -91,16 +91,19 @@ def fused_interleaved_attention(
     Raises:
       ValueError: for dtypes other than float32 and bfloat16; from jax, on a device other than a GPU if not interpreted.
     """
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"q has dtype {q.dtype}; expected float32 or bfloat16; implementation='streaming' has others")
     N, H, d = q.shape[1:]
     e, P = v.shape[3], mixing[0].shape[2]
-    virtual = rope_theta is not None and rope_positions == "virtual"
-    blocks = Blocks(
-        N=N, H=H, K=k.shape[2], P=P, C=block or block_tokens(N, P), window=window, causal=causal, causality=causality,
-        rotated=virtual, scale=1 / math.sqrt(d),
-    )  # fmt: skip
-    tables = ()
+    blocks = plan(
+        (q, k, v),
+        P,
+        causal=causal,
+        causality=causality,
+        window=window,
+        rope_theta=rope_theta,
+        rope_positions=rope_positions,
+        block=block,
+    )
+    virtual, tables = blocks.rotated, ()
     if rope_theta is not None:  # rope(n*P + p) = rope(p) rope(n*P): the second here, the first after mixing
         cos, sin = rotation_of_range(N, P if virtual else 1, d, rope_theta, jnp.float32)
         q, k = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
@@ -116,6 +119,35 @@ def fused_interleaved_attention(
     E = tuple(_block_diagonal(blocks, alpha) for alpha in (*alphas, collapse))
     out = _attention(blocks, interpret, rows, ids, E, tables)
     return out[:, : N * H].reshape(*q.shape[:3], -1)[..., :e]
+
+
+def plan(
+    qkv: tuple[Array, Array, Array] | tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    P: int,
+    *,
+    causal: bool,
+    causality: str,
+    window: int | None,
+    rope_theta: float | None,
+    rope_positions: str,
+    block: int | None = None,
+) -> Blocks:
+    """The geometry `fused_interleaved_attention` uses; arguments and errors are its own."""
+    q, k, _ = qkv
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"q has dtype {q.dtype}; expected float32 or bfloat16; implementation='streaming' has others")
+    return Blocks(
+        N=q.shape[1],
+        H=q.shape[2],
+        K=k.shape[2],
+        P=P,
+        C=block or block_tokens(q.shape[1], P),
+        window=window,
+        causal=causal,
+        causality=causality,
+        rotated=rope_theta is not None and rope_positions == "virtual",
+        scale=1 / math.sqrt(q.shape[3]),
+    )
 
 
 def _attention_alone(blocks: Blocks, interpret: bool, rows: tuple, ids: Array, E: tuple, tables: tuple) -> Array:

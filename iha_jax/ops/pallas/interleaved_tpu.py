@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from iha_jax.array_types import Array, Float, Int
+from iha_jax.ops.implementations import current_chip
 from iha_jax.ops.pallas.interleaved_tpu_backward import backward
 from iha_jax.ops.pallas.interleaved_tpu_blocks import (
     SMALLEST_BLOCK,
     Blocks,
     choose_block,
     split,
-    vmem_of,
+    tpu_info,
 )
 from iha_jax.ops.pallas.interleaved_tpu_forward import forward
 from iha_jax.ops.pallas.interleaved_tpu_head import Inputs
@@ -58,7 +59,8 @@ def fused_interleaved_attention(
 
     Args:
       interpret: run as ordinary XLA operations on any device; slow, for tests.
-      chip: what it is compiled for, "v4", "v5e", "v5p", "v6e" or "7x"; by default the device at hand.
+      chip: what it is compiled for, "v4", "v5e", "v5p", "v6e" or "7x"; by default what `target_platform` names, else
+        the device at hand.
       block: tokens of a block, to override `choose_block`'s.
 
     Raises:
@@ -110,7 +112,7 @@ def plan(
         raise ValueError(f"q has dtype {q.dtype}; the fused TPU kernel expects float32 or bfloat16")
     if block is not None and (block < 1 or (block % SMALLEST_BLOCK and not interpret)):
         raise ValueError(f"block = {block}; expected a positive multiple of {SMALLEST_BLOCK}")
-    N = q.shape[1]
+    N, info = q.shape[1], None if interpret else tpu_info(chip or current_chip())
     blocks = Blocks(
         tokens=N,
         size=block or SMALLEST_BLOCK,
@@ -125,7 +127,8 @@ def plan(
         rope_theta=rope_theta,
         rope_positions=rope_positions,
         dtype=jnp.dtype(q.dtype),
-        vmem_bytes=None if interpret else vmem_of(chip),
+        chip=str(info.chip_version) if info else None,
+        vmem_bytes=info.vmem_capacity_bytes if info else None,
         interpret=interpret,
     )
     return split(blocks if block else choose_block(blocks), q.shape[0])

@@ -45,6 +45,7 @@ class Blocks:
     rope_positions: str
     dtype: jnp.dtype
     parts: int = 1
+    chip: str | None = None
     vmem_bytes: int | None = None
     interpret: bool | pltpu.InterpretParams = False
 
@@ -132,7 +133,8 @@ def choose_block(blocks: Blocks) -> Blocks:
     never under `SMALLEST_BLOCK` tokens.
 
     Raises:
-      ValueError: when not even the smallest block fits.
+      ValueError: when not even the smallest block fits. Nothing else is tried: keys and values mixed in advance would
+        be P times as many in device memory, which streaming never holds.
     """
     size = max(SMALLEST_BLOCK, 2 ** math.ceil(math.log2(min(blocks.window, blocks.tokens))))
     while size > SMALLEST_BLOCK and size * blocks.P > ROWS_AT_MOST:
@@ -145,8 +147,9 @@ def choose_block(blocks: Blocks) -> Blocks:
         if size == SMALLEST_BLOCK:
             raise ValueError(
                 f"window = {blocks.window} tokens with {blocks.heads} heads of width {blocks.width}, P = {blocks.P}: "
-                f"the fused kernel's backward pass needs about {needed / 2**20:.0f} MiB of on-chip memory, this chip "
-                f"has {blocks.vmem_bytes / 2**20:.0f}; use a smaller window, or implementation='streaming'"
+                f"the backward pass of implementation='fused' needs about {needed / 2**20:.0f} MiB of on-chip memory "
+                f"(VMEM), and a core of TPU {blocks.chip} has {blocks.vmem_bytes / 2**20:.0f}; use "
+                "implementation='streaming', or a smaller window"
             )
         size //= 2
 
@@ -158,8 +161,8 @@ def split(blocks: Blocks, batch: int) -> Blocks:
     return dataclasses.replace(blocks, parts=2 if halves else 1)
 
 
-def vmem_of(chip: str | None) -> int:
-    """On-chip memory of one core in bytes: of `chip` (one of `CHIPS`), or of the default device.
+def tpu_info(chip: str | None) -> pltpu.TpuInfo:
+    """What is known of one core of `chip` (one of `CHIPS`), or of the default device.
 
     Raises:
       ValueError: for an unknown chip, or when none is named and the default device is no TPU.
@@ -167,12 +170,13 @@ def vmem_of(chip: str | None) -> int:
     if chip is not None:
         if chip not in CHIPS:
             raise ValueError(f"chip = {chip!r}; expected one of {', '.join(map(repr, CHIPS))}")
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip), 1).vmem_capacity_bytes
+        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip), 1)
     try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
+        return pltpu.get_tpu_info()
     except ValueError as error:
         device = jax.devices()[0].device_kind
         raise ValueError(
             f"the fused TPU kernel was asked for on a {device!r} device; name the chip it is compiled for "
-            "(chip='v5p'), pass interpret=True to check numbers slowly, or use implementation='streaming'"
+            "(target_platform('tpu', chip='v5p')), pass interpret=True to check numbers slowly, or use "
+            "implementation='streaming'"
         ) from error
