@@ -6,6 +6,7 @@ Compiles the training step for a machine that is not here and prints what it nee
     --topology=h100:16x8                     16 nodes of 8 GPUs, by fake CPU devices: shardings and collectives only
     --topology=v5p:4x4x8 --sweep_topologies  every slice of that generation up to this one
     --topology=v5p:4x4x8 --search            mesh shapes, micro-batches and remat policies; the fastest that fit
+    --sweep_topologies --search              the fastest setting of each slice by closed forms, nothing compiled
 
 TPUs need libtpu (pip install libtpu) and no TPU. Nothing is written but --out.
 """
@@ -70,10 +71,12 @@ def _plan(
     from iha_jax.planning.compiled import PlanError
     from iha_jax.planning.plan import make_plan
     from iha_jax.planning.report import as_json, table
-    from iha_jax.planning.search import search, sweep
+    from iha_jax.planning.search import search, sweep, sweep_estimates
 
     try:
         config = load_config(flags.config, overrides)
+        if flags.sweep_topologies and flags.search:
+            return sweep_estimates(config, topology)
         if flags.sweep_topologies:
             return sweep(flags.config, overrides, topology, say)
         if flags.search:

@@ -205,8 +205,12 @@ def _refused_memory(dump: Dump, state: State, mesh: Mesh) -> Memory:
 @contextlib.contextmanager
 def target(topology: Topology) -> Iterator[None]:
     """Implementations are chosen as on the topology's chips; where GPUs are fake, as on a CPU."""
-    platform = "tpu" if topology.platform == "tpu" else "cpu"
-    with target_platform(platform, devices=topology.devices):
+    if topology.platform == "gpu":
+        with target_platform("cpu", devices=topology.devices):
+            yield
+        return
+    chip = topology.generation.removeprefix("tpu")  # the kernels' name of tpu7x is 7x
+    with target_platform("tpu", devices=topology.devices, chip=chip):
         yield
 
 

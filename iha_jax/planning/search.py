@@ -19,12 +19,12 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from iha_jax.accounting import count_parameters
-from iha_jax.config import IHA_KINDS, REMAT_POLICIES, Config, ConfigError
+from iha_jax.config import REMAT_POLICIES, Config, ConfigError
 from iha_jax.parallel.mesh import AXES, check_batch_sizes
 from iha_jax.parallel.rules import check_split
 from iha_jax.parallel.topology import Topology, known_topologies
 from iha_jax.planning.compiled import target
-from iha_jax.planning.estimate import Traffic, estimate
+from iha_jax.planning.estimate import Estimate, Traffic, estimate
 from iha_jax.planning.plan import GIB, make_plan
 from iha_jax.planning.report import as_json
 
@@ -33,12 +33,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """A candidate of a search with its closed-form figures: bytes of a device, seconds of a step."""
+    """A candidate of a search with its closed-form figures: bytes of a device, and the roofline."""
 
     config: Config
     mesh: dict[str, int]
     memory: float
-    seconds: float
+    estimate: Estimate
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Fastest first; of those that compute bounds alike, the one with the least beside it."""
+        return self.estimate.seconds, self.estimate.seconds_in_turn
 
     def __str__(self) -> str:
         sizes = " ".join(f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items())
@@ -52,16 +57,8 @@ def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -
     Raises:
       ConfigError: when no setting at all can be split over these devices.
     """
-    with target(topology):
-        found = list(settings(config, topology))
-    if not found:
-        raise ConfigError(
-            [
-                f"config.training.batch_size = {config.training.batch_size}: no mesh of {topology.devices} devices "
-                "splits it and the model; choose more rows, or fewer devices"
-            ]
-        )
-    fitting = sorted((s for s in found if s.memory <= topology.chip.memory), key=lambda s: s.seconds)
+    found = settings(config, topology)
+    fitting = _fitting(found, topology)
     say(f"{len(found)} settings estimated, {len(fitting)} fit by the estimate; compiling the fastest {compiled}")
     lines, plans = [], []
     for number, setting in enumerate(fitting[:compiled], 1):
@@ -73,13 +70,15 @@ def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -
         total, answer = plan.step.memory.total / GIB, "fits" if plan.step.fits else "does not fit"
         lines.append(
             f"{answer:<13} {plan.estimate.seconds:7.3f} s ({plan.estimate.bound}) "
-            f"{total:7.2f} GiB (estimated {setting.seconds:.3f} s, {setting.memory / GIB:.2f} GiB)  {setting}"
+            f"{total:7.2f} GiB (estimated {setting.estimate.seconds:.3f} s, {setting.memory / GIB:.2f} GiB)  {setting}"
         )
     if not plans:
         least = min(found, key=lambda s: s.memory)
         lines.append(f"none fits by the estimate; the least memory, {least.memory / GIB:.1f} GiB, needs: {least}")
     others = fitting[compiled : compiled + 5]
-    lines += [f"not compiled  {s.seconds:7.3f} s {s.memory / GIB:9.2f} GiB, both estimated  {s}" for s in others]
+    lines += [
+        f"not compiled  {s.estimate.seconds:7.3f} s {s.memory / GIB:9.2f} GiB, both estimated  {s}" for s in others
+    ]
     title = (
         f"{topology}, {topology.chip.memory / GIB:.2f} GiB a device: {len(found)} settings estimated, {len(plans)} "
         "compiled; fastest first"
@@ -93,8 +92,25 @@ def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -
     }
 
 
-def settings(config: Config, topology: Topology) -> Iterator[Setting]:
-    """Every mesh, number of micro-batches and remat policy that `train.py` would accept on this topology."""
+def settings(config: Config, topology: Topology) -> list[Setting]:
+    """Every mesh, number of micro-batches and remat policy that `train.py` would accept on this topology.
+
+    Raises:
+      ConfigError: when there is none.
+    """
+    with target(topology):
+        found = list(_settings(config, topology))
+    if not found:
+        raise ConfigError(
+            [
+                f"config.training.batch_size = {config.training.batch_size}: no mesh of {topology.devices} devices "
+                "splits it and the model; choose more rows, or fewer devices"
+            ]
+        )
+    return found
+
+
+def _settings(config: Config, topology: Topology) -> Iterator[Setting]:
     rows = config.training.batch_size
     accumulations = [n for n in range(1, rows + 1) if rows % n == 0]
     for sizes in factorizations(topology.devices, len(AXES)):
@@ -114,9 +130,12 @@ def settings(config: Config, topology: Topology) -> Iterator[Setting]:
                 check_split(candidate.model, abstract)
             except ConfigError:
                 continue
-            moved = traffic_estimate(candidate, topology, mesh)
-            roofline = estimate(candidate, topology, mesh, moved)
-            yield Setting(candidate, mesh, memory_estimate(candidate, mesh), roofline.seconds_in_turn)
+            roofline = estimate(candidate, topology, mesh, traffic_estimate(candidate, topology, mesh))
+            yield Setting(candidate, mesh, memory_estimate(candidate, mesh), roofline)
+
+
+def _fitting(found: Sequence[Setting], topology: Topology) -> list[Setting]:
+    return sorted((s for s in found if s.memory <= topology.chip.memory), key=lambda s: s.rank)
 
 
 def factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -135,8 +154,7 @@ def memory_estimate(config: Config, mesh: dict[str, int]) -> float:
     n parameters, split over s = fsdp * tensor devices: weights and moments `12 n / s`, gradients `4 n / s`, twice with
     accumulation. Gathered: the embedding in the compute type (w bytes) and its float32 gradient, and two groups of
     layers. Activations of t tokens: what `remat` keeps of every layer, and all of one group, in w bytes: a layer's
-    `14 D + 4 F`, its products `6 D + F`, a group's input D. Logits: `12` bytes each of a chunk. Local IHA keeps a
-    logit and a weight of each visible pair of virtual tokens under "none" and "dots".
+    `14 D + 4 F`, its products `6 D + F`, a group's input D. Logits: `12` bytes each of a chunk.
     """
     model, training = config.model, config.training
     width, tensor = 2 if model.compute_dtype == "bfloat16" else 4, mesh["tensor"]
@@ -154,9 +172,6 @@ def memory_estimate(config: Config, mesh: dict[str, int]) -> float:
         "dots": layers * width * (D + (5 * D + F) / tensor) + group * whole,
         "none": layers * whole,
     }[model.remat]
-    if model.remat in ("none", "dots"):
-        iha, P = sum(kind in IHA_KINDS for kind in model.layer_kinds), model.iha.pseudo_heads
-        kept += iha * model.num_heads / tensor * 2 * width * P * P * min(2 * model.iha.window, model.context_length)
     chunk = min(training.loss_chunk or model.context_length, model.context_length)
     logits = 12 * rows * chunk * V / tensor
     return state + gathered + tokens * kept + logits
@@ -203,6 +218,44 @@ def _spans_nodes(axis: str, topology: Topology, mesh: dict[str, int]) -> bool:
     return False
 
 
+def sweep_estimates(config: Config, largest: Topology) -> tuple[str, dict[str, Any]]:
+    """(text, JSON): on every topology up to `largest`, the fastest setting that fits, by closed forms alone."""
+    lines = [
+        "closed forms, nothing compiled; times of a step in seconds, each by itself",
+        f"{'topology':<16} {'devices':>7} {'GiB':>6} {'compute':>8} {'memory':>8} {'ici':>8} {'dcn':>8} {'bound':<8} "
+        f"{'MFU':>6} {'days':>8}  setting",
+    ]
+    rows = []
+    for topology in smaller(largest):
+        start = f"{topology.name:<16} {topology.devices:>7} "
+        try:
+            fitting = _fitting(settings(config, topology), topology)
+            refused = "" if fitting else "nothing fits"
+        except ConfigError as error:
+            fitting, refused = [], error.problems[0]
+        if not fitting:
+            lines.append(start + refused)
+            rows.append({"topology": topology.name, "devices": topology.devices, "refused": refused})
+            continue
+        best, found = fitting[0], fitting[0].estimate
+        days = config.training.steps * found.seconds / 86_400
+        times = f"{found.compute:>8.3f} {found.memory:>8.3f} {found.ici:>8.3f} {found.dcn:>8.3f}"
+        lines.append(
+            f"{start}{best.memory / GIB:>6.1f} {times} {found.bound:<8} {found.mfu:>6.1%} {days:>8.1f}  {best}"
+        )
+        rows.append(
+            {"topology": topology.name, "devices": topology.devices, "flags": str(best), "bytes": best.memory}
+            | {"bound": found.bound, "step_seconds_estimate": found.seconds, "mfu_estimate": found.mfu}
+        )
+    return "\n".join(lines), {"closed_forms": rows}
+
+
+def smaller(largest: Topology) -> list[Topology]:
+    """The topologies of a generation with at most as many devices, as many slices of each."""
+    found = [dataclasses.replace(topology, slices=largest.slices) for topology in known_topologies(largest.generation)]
+    return [topology for topology in found if topology.devices <= largest.devices]
+
+
 def sweep(spec: str, overrides: Sequence[str], largest: Topology, say: Say) -> tuple[str, dict[str, Any]]:
     """(text, JSON): the config on every topology of a generation up to `largest`, each planned in a process of its own.
 
@@ -216,19 +269,17 @@ def sweep(spec: str, overrides: Sequence[str], largest: Topology, say: Say) -> t
         f"{'topology':<16} {'devices':>7} {'fits':<5} {'GiB':>7} {'s a step':>9} {'bound':<8} {'MFU':>6} {'days':>7}"
     ]
     plans, compiled = [], 0
-    for topology in known_topologies(largest.generation):
-        if topology.devices * largest.slices > largest.devices:
-            continue
-        if state / (topology.devices * largest.slices) > topology.chip.memory:
+    for topology in smaller(largest):
+        if state / topology.devices > topology.chip.memory:
             reason = f"weights and optimizer alone are {state / GIB:.0f} GiB"
-            lines.append(f"{topology.name:<16} {topology.devices * largest.slices:>7} no    {reason}")
             plans.append({"topology": topology.name, "fits": False, "refused": reason})
+            lines.append(_sweep_line(plans[-1], topology.devices))
             continue
         compiled += 1
         say(f"planning for {topology.name}")
-        found = _planned_apart(spec, overrides, topology.name, largest.slices)
+        found = _planned_apart(spec, overrides, topology.name, topology.slices)
         plans.append(found)
-        lines.append(_sweep_line(found, topology.devices * largest.slices))
+        lines.append(_sweep_line(found, topology.devices))
     lines.append(f"{len(plans)} topologies, {compiled} compiled for")
     return "\n".join(lines), {"plans": plans}
 
