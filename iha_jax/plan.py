@@ -76,12 +76,12 @@ def _plan(
     try:
         config = load_config(flags.config, overrides)
         if flags.sweep_topologies and flags.search:
-            return sweep_estimates(config, topology)
+            return sweep_estimates(config, topology, flags.efficiency)
         if flags.sweep_topologies:
-            return sweep(flags.config, overrides, topology, say)
+            return sweep(flags.config, overrides, topology, say, flags.efficiency)
         if flags.search:
-            return search(config, topology, say, compiled=flags.compiled)
-        plan = make_plan(config, topology, say, flags.efficiency)
+            return search(config, topology, say, compiled=flags.compiled, efficiency=flags.efficiency)
+        plan = make_plan(config, topology, say, flags.efficiency, code=not flags.skip_code)
         return table(plan), as_json(plan)
     except PlanError as error:
         print(f"cannot be compiled: {error}", file=sys.stderr)
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep_topologies", action="store_true", help="plan for every smaller slice too")
     parser.add_argument("--search", action="store_true", help="search for the fastest settings that fit")
     parser.add_argument("--compiled", type=int, default=3, help="how many settings a search compiles")
+    parser.add_argument("--skip_code", action="store_true", help="end once memory is assigned: some times faster")
     parser.add_argument("--efficiency", type=_efficiency, default=0.6, help="of peak FLOP/s in matrix products (0.6)")
     return parser
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from iha_jax.config import Config
@@ -24,11 +23,12 @@ from iha_jax.ops import target_platform
 from iha_jax.parallel.mesh import check_batch_sizes, make_mesh
 from iha_jax.parallel.rules import check_split
 from iha_jax.parallel.topology import Topology
+from iha_jax.planning.assigned import compile_until_assigned
 from iha_jax.planning.hlo import Collective, collectives
 from iha_jax.training.banner import kernels
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.state import abstract_state
-from iha_jax.training.step import State, lower_train_step
+from iha_jax.training.step import lower_train_step
 
 _GPU_ONLY = ("cudnn", "fused")
 
@@ -65,8 +65,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of a step. `compiler_flops`: its own count for one device (None where it refused the step
-    for its memory), in which the body of a loop counts once and a kernel not at all."""
+    """What the compiler says of a step. `compiler_flops`: its own count for one device (None where it made no code), in
+    which the body of a loop counts once and a kernel not at all."""
 
     memory: Memory
     fits: bool
@@ -74,8 +74,8 @@ class CompiledStep:
     collectives: list[Collective]
     buffers: list[Buffer]
     kernels: dict[str, str]
-    lowering_seconds: float
-    compiling_seconds: float
+    seconds: float
+    with_code: bool
 
 
 def check_plan(config: Config, topology: Topology, devices: Sequence[Any]) -> tuple[Config, Mesh, list[str]]:
@@ -93,46 +93,58 @@ def check_plan(config: Config, topology: Topology, devices: Sequence[Any]) -> tu
     return config, mesh, changes
 
 
-def compile_step(config: Config, topology: Topology, mesh: Mesh, say: Callable[[str], None]) -> CompiledStep:
+def compile_step(
+    config: Config, topology: Topology, mesh: Mesh, say: Callable[[str], None], *, code: bool = True
+) -> CompiledStep:
     """Lowers and compiles the training step of a config that `check_plan` let through.
+
+    `code=False` ends once memory is assigned, before machine code is made: the same memory and collectives, but kernels
+    that the compiler would refuse are not noticed, and its count of FLOPs is not known.
 
     Raises:
       PlanError: when the compiler refuses it, but not for its memory: such a step comes back with `fits` False.
     """
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    optimizer, began = make_optimizer(config.optimizer, config.training.steps), time.perf_counter()
     with jax.set_mesh(mesh), target(topology), tempfile.TemporaryDirectory() as folder:
-        state = abstract_state(config, optimizer, mesh)
-        chosen, began = kernels(config), time.perf_counter()
-        say(f"lowering the training step for {topology}")
-        try:
+        state, chosen, compiled, refusal = abstract_state(config, optimizer, mesh), kernels(config), None, ""
+        if code:
+            say(f"lowering the training step for {topology}")
             lowered = lower_train_step(config, optimizer, state, mesh)
-            lowering = time.perf_counter() - began
-            say(f"lowered in {lowering:.0f} s; compiling")
-            began = time.perf_counter()
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
-                raise PlanError(explain(error, config)) from error
-            compiled = None
-        compiling = time.perf_counter() - began
-        dump = Dump(folder, lambda module: module.startswith("jit_step"))
-        if compiled is None:
-            memory, flops = _refused_memory(dump, state, mesh), None
-            say(f"refused for its memory after {compiling:.0f} s")
+            say(f"lowered in {time.perf_counter() - began:.0f} s; compiling")
+            try:
+                compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+            except Exception as error:
+                refusal = str(error) or type(error).__name__
         else:
-            memory, flops = _memory(compiled), float((compiled.cost_analysis() or {}).get("flops", 0.0))
-            say(f"compiled in {compiling:.0f} s")
-        text = dump.text("after_optimizations") or (compiled.as_text() if compiled is not None else "")
-        fits = compiled is not None and memory.total <= topology.chip.memory
-        # Partitions are numbered within a slice: each slice runs the same program.
-        found = collectives(text, mesh.size // topology.slices) if text else []
-        return CompiledStep(memory, fits, flops, found, dump.buffers(text), chosen, lowering, compiling)
+            say(f"compiling the training step for {topology} until memory is assigned")
+            refusal = compile_until_assigned(config, topology, folder)
+        if refusal and ("RESOURCE_EXHAUSTED" not in refusal or "vmem" in refusal.lower()):
+            raise PlanError(explain(refusal, config))
+        seconds, dump = time.perf_counter() - began, Dump(folder)
+        say(f"refused for its memory after {seconds:.0f} s" if refusal else f"compiled in {seconds:.0f} s")
+        memory = dump.memory() or (_memory(compiled) if compiled is not None else None)
+        if memory is None:
+            raise PlanError(f"needs more memory than a device has; the compiler lists no buffers: {refusal}")
+        text = dump.text("after_optimizations_after_buffer_assignment") or (
+            compiled.as_text() if compiled is not None else ""
+        )
+        return CompiledStep(
+            memory=memory,
+            fits=not refusal and memory.total <= topology.chip.memory,
+            compiler_flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)) if compiled is not None else None,
+            # Partitions are numbered within a slice: each slice runs the same program.
+            collectives=collectives(text, mesh.size // topology.slices) if text else [],
+            buffers=dump.buffers(text),
+            kernels=chosen,
+            seconds=seconds,
+            with_code=code,
+        )
 
 
-def explain(error: Exception, config: Config) -> str:
+def explain(text: str, config: Config) -> str:
     """One sentence on why the compiler refused a step, and which option avoids it."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next((line for line in reversed(lines) if "Error" in line), lines[0])
     if "Mosaic" in text or "pallas" in text.lower() or "vmem" in text.lower():
         name = re.search(r"kernel_name[\"=:\s]+([\w.]+)|name:?\s*[\"']?([\w]*(?:splash|interleaved|fused)[\w.]*)", text)
         kernel = next(filter(None, name.groups()), "") if name else ""
@@ -140,25 +152,35 @@ def explain(error: Exception, config: Config) -> str:
             kernel, option = kernel or "the fused IHA kernel", "config.model.iha.implementation=streaming"
         else:
             kernel, option = kernel or "Splash", "config.model.implementation=blockwise"
-        return f"TPU's compiler refused a kernel ({kernel}); --{option} does without it. It said: {lines[0]}"
-    return f"the compiler refused the step: {lines[0]}"
+        return f"TPU's compiler refused a kernel ({kernel}); --{option} does without it. It said: {said}"
+    return f"the compiler refused the step: {said}"
 
 
 class Dump:
     """The files that XLA writes while it compiles, also when it then refuses the program for its memory."""
 
-    def __init__(self, folder: str, wanted: Callable[[str], bool]):
-        files = [path for path in Path(folder).rglob("*.txt") if wanted(path.name.split(".", 1)[1])]
+    def __init__(self, folder: str):
+        files = [path for path in Path(folder).rglob("*.txt") if ".jit_step." in path.name]
         self._files = {path.name.rsplit(".", 2)[-2]: path for path in files}
 
     def text(self, name: str) -> str:
-        return next((path.read_text(errors="replace") for end, path in self._files.items() if end.endswith(name)), "")
+        found = (path for end, path in self._files.items() if end.endswith(name))
+        return next((path.read_text(errors="replace") for path in found), "")
 
-    def total_bytes(self) -> int | None:
-        """Of device memory, arguments included."""
-        report = self.text("memory-usage-report")
-        found = re.search(r"default \(color=0\)\s*Total bytes: (\d+)", report)
-        return int(found[1]) if found else None
+    def memory(self) -> Memory | None:
+        """Of TPU's compiler, constants among the temporaries; None where it wrote no total."""
+        total = re.search(r"default \(color=0\)\s*Total bytes: (\d+)", self.text("memory-usage-report"))
+        if not total:
+            return None
+        arguments = aliased = output = 0
+        for size, rest in re.findall(r"^allocation \d+: size (\d+), (.*)$", self.text("buffer-assignment"), re.M):
+            if "color" in rest:  # memory on the chip itself
+                continue
+            is_argument, is_output = "parameter" in rest, "maybe-live-out" in rest
+            arguments += int(size) * is_argument
+            output += int(size) * is_output
+            aliased += int(size) * (is_argument and is_output)
+        return Memory(arguments, int(total[1]) - arguments - output + aliased, output, aliased)
 
     def buffers(self, program: str, count: int = 3) -> list[Buffer]:
         """The largest values that are no arguments, one for each place in memory."""
@@ -166,8 +188,8 @@ class Dump:
         allocation = ""
         for line in self.text("buffer-assignment").splitlines():
             if line.startswith("allocation "):
-                allocation = line if "color 0" in line or "color" not in line else ""
-                allocation = "" if "parameter" in line or "constant" in line else allocation
+                skipped = any(word in line for word in ("color", "parameter", "constant"))
+                allocation = "" if skipped else line
             found = re.match(r"\s+value: <\d+ (\S+?)(?:\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)", line)
             if not found or not allocation:
                 continue
@@ -191,15 +213,6 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
     return Memory(
         sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.output_size_in_bytes, sizes.alias_size_in_bytes
     )
-
-
-def _refused_memory(dump: Dump, state: State, mesh: Mesh) -> Memory:
-    """Arguments by the shapes of the state's shards (without the layout's padding); the rest of the total is
-    temporaries."""
-    leaves = jax.tree.leaves(state)
-    arguments = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
-    total = dump.total_bytes()
-    return Memory(arguments, max(0, (total or arguments) - arguments), arguments, arguments)
 
 
 @contextlib.contextmanager

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from iha_jax.config import Config
-from iha_jax.parallel.topology import Topology, open_devices
+from iha_jax.parallel.topology import Topology, TopologyError, open_devices
 from iha_jax.planning.compiled import CompiledStep, check_plan, compile_step, target
 from iha_jax.planning.estimate import EFFICIENCY, Estimate, Traffic, estimate, traffic
 
 GIB = 2**30
+NO_CODE = "no machine code was made: whether the compiler accepts every kernel is not known"
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,26 @@ class Plan:
         )
 
 
-def make_plan(config: Config, topology: Topology, say: Callable[[str], None], efficiency: float = EFFICIENCY) -> Plan:
-    """Checks, compiles and estimates.
+def make_plan(
+    config: Config,
+    topology: Topology,
+    say: Callable[[str], None],
+    efficiency: float = EFFICIENCY,
+    *,
+    code: bool = True,
+) -> Plan:
+    """Checks, compiles (`code=False`: until memory is assigned) and estimates.
 
     Raises:
       ConfigError, TopologyError: for what cannot be compiled for; in seconds, before anything is.
       PlanError: when the compiler refuses the step for another reason than memory.
     """
+    if not code and topology.platform == "gpu":
+        raise TopologyError(f"{topology}: --skip_code is for TPU's compiler; the fake devices' is fast without")
     config, mesh, changes = check_plan(config, topology, open_devices(topology))
-    step = compile_step(config, topology, mesh, say)
+    step = compile_step(config, topology, mesh, say, code=code)
+    if not code:
+        changes = [*changes, NO_CODE]
     moved = traffic(step.collectives, topology, mesh)
     with target(topology):
         roofline = estimate(config, topology, dict(mesh.shape), moved, efficiency)

@@ -52,8 +52,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "days_estimate": plan.days,
         "chip_hours_estimate": plan.chip_hours,
         "assumptions": assumptions(plan),
-        "lowering_seconds": plan.step.lowering_seconds,
-        "compiling_seconds": plan.step.compiling_seconds,
+        "compiled": "to machine code" if plan.step.with_code else "until memory was assigned",
+        "compiling_seconds": plan.step.seconds,
     }
 
 
@@ -69,7 +69,7 @@ def table(plan: Plan) -> str:
     per_chip = " (2 devices a chip)" if chip.devices_per_chip == 2 else ""
     executed = "no closed form for these kernels" if found.executed_flops is None else f"{found.executed_flops:.3e}"
     compiler = plan.step.compiler_flops
-    counted = "not known, the step was refused" if compiler is None else f"{compiler * topology.devices:.3e}"
+    counted = "not known, no code was made" if compiler is None else f"{compiler * topology.devices:.3e}"
     lines = [
         f"topology    {topology}: {topology.devices} devices{per_chip}, mesh "
         + ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),

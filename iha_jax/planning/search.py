@@ -24,7 +24,7 @@ from iha_jax.parallel.mesh import AXES, check_batch_sizes
 from iha_jax.parallel.rules import check_split
 from iha_jax.parallel.topology import Topology, known_topologies
 from iha_jax.planning.compiled import target
-from iha_jax.planning.estimate import Estimate, Traffic, estimate
+from iha_jax.planning.estimate import EFFICIENCY, Estimate, Traffic, estimate
 from iha_jax.planning.plan import GIB, make_plan
 from iha_jax.planning.report import as_json
 
@@ -51,19 +51,21 @@ class Setting:
         return f"{sizes} --config.training.accumulation={training.accumulation} --config.model.remat={model.remat}"
 
 
-def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -> tuple[str, dict[str, Any]]:
+def search(
+    config: Config, topology: Topology, say: Say, *, compiled: int = 3, efficiency: float = EFFICIENCY
+) -> tuple[str, dict[str, Any]]:
     """(text, JSON) of the fastest settings that fit by the compiler, after compiling at most `compiled` of them.
 
     Raises:
       ConfigError: when no setting at all can be split over these devices.
     """
-    found = settings(config, topology)
+    found = settings(config, topology, efficiency)
     fitting = _fitting(found, topology)
     say(f"{len(found)} settings estimated, {len(fitting)} fit by the estimate; compiling the fastest {compiled}")
     lines, plans = [], []
     for number, setting in enumerate(fitting[:compiled], 1):
         say(f"{number} of {min(compiled, len(fitting))}: {setting}")
-        plan = make_plan(setting.config, topology, say)
+        plan = make_plan(setting.config, topology, say, efficiency)
         plans.append((plan, setting))
     plans.sort(key=lambda pair: (not pair[0].step.fits, pair[0].estimate.seconds))
     for plan, setting in plans:
@@ -72,7 +74,7 @@ def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -
             f"{answer:<13} {plan.estimate.seconds:7.3f} s ({plan.estimate.bound}) "
             f"{total:7.2f} GiB (estimated {setting.estimate.seconds:.3f} s, {setting.memory / GIB:.2f} GiB)  {setting}"
         )
-    if not plans:
+    if not fitting:
         least = min(found, key=lambda s: s.memory)
         lines.append(f"none fits by the estimate; the least memory, {least.memory / GIB:.1f} GiB, needs: {least}")
     others = fitting[compiled : compiled + 5]
@@ -92,14 +94,14 @@ def search(config: Config, topology: Topology, say: Say, *, compiled: int = 3) -
     }
 
 
-def settings(config: Config, topology: Topology) -> list[Setting]:
+def settings(config: Config, topology: Topology, efficiency: float = EFFICIENCY) -> list[Setting]:
     """Every mesh, number of micro-batches and remat policy that `train.py` would accept on this topology.
 
     Raises:
       ConfigError: when there is none.
     """
     with target(topology):
-        found = list(_settings(config, topology))
+        found = list(_settings(config, topology, efficiency))
     if not found:
         raise ConfigError(
             [
@@ -110,7 +112,7 @@ def settings(config: Config, topology: Topology) -> list[Setting]:
     return found
 
 
-def _settings(config: Config, topology: Topology) -> Iterator[Setting]:
+def _settings(config: Config, topology: Topology, efficiency: float) -> Iterator[Setting]:
     rows = config.training.batch_size
     accumulations = [n for n in range(1, rows + 1) if rows % n == 0]
     for sizes in factorizations(topology.devices, len(AXES)):
@@ -130,7 +132,8 @@ def _settings(config: Config, topology: Topology) -> Iterator[Setting]:
                 check_split(candidate.model, abstract)
             except ConfigError:
                 continue
-            roofline = estimate(candidate, topology, mesh, traffic_estimate(candidate, topology, mesh))
+            moved = traffic_estimate(candidate, topology, mesh)
+            roofline = estimate(candidate, topology, mesh, moved, efficiency)
             yield Setting(candidate, mesh, memory_estimate(candidate, mesh), roofline)
 
 
@@ -218,7 +221,7 @@ def _spans_nodes(axis: str, topology: Topology, mesh: dict[str, int]) -> bool:
     return False
 
 
-def sweep_estimates(config: Config, largest: Topology) -> tuple[str, dict[str, Any]]:
+def sweep_estimates(config: Config, largest: Topology, efficiency: float = EFFICIENCY) -> tuple[str, dict[str, Any]]:
     """(text, JSON): on every topology up to `largest`, the fastest setting that fits, by closed forms alone."""
     lines = [
         "closed forms, nothing compiled; times of a step in seconds, each by itself",
@@ -229,7 +232,7 @@ def sweep_estimates(config: Config, largest: Topology) -> tuple[str, dict[str, A
     for topology in smaller(largest):
         start = f"{topology.name:<16} {topology.devices:>7} "
         try:
-            fitting = _fitting(settings(config, topology), topology)
+            fitting = _fitting(settings(config, topology, efficiency), topology)
             refused = "" if fitting else "nothing fits"
         except ConfigError as error:
             fitting, refused = [], error.problems[0]
@@ -256,7 +259,9 @@ def smaller(largest: Topology) -> list[Topology]:
     return [topology for topology in found if topology.devices <= largest.devices]
 
 
-def sweep(spec: str, overrides: Sequence[str], largest: Topology, say: Say) -> tuple[str, dict[str, Any]]:
+def sweep(
+    spec: str, overrides: Sequence[str], largest: Topology, say: Say, efficiency: float = EFFICIENCY
+) -> tuple[str, dict[str, Any]]:
     """(text, JSON): the config on every topology of a generation up to `largest`, each planned in a process of its own.
 
     A topology that the config cannot be split over, or that cannot hold weights and optimizer alone, is listed with the
@@ -277,23 +282,28 @@ def sweep(spec: str, overrides: Sequence[str], largest: Topology, say: Say) -> t
             continue
         compiled += 1
         say(f"planning for {topology.name}")
-        found = _planned_apart(spec, overrides, topology.name, topology.slices)
+        found = _planned_apart(spec, overrides, topology, efficiency)
         plans.append(found)
         lines.append(_sweep_line(found, topology.devices))
     lines.append(f"{len(plans)} topologies, {compiled} compiled for")
     return "\n".join(lines), {"plans": plans}
 
 
-def _planned_apart(spec: str, overrides: Sequence[str], name: str, slices: int) -> dict[str, Any]:
+def _planned_apart(spec: str, overrides: Sequence[str], topology: Topology, efficiency: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "iha_jax.plan", f"--config={spec}", f"--topology={name}"]
-        command += [f"--num_slices={slices}", f"--out={out}", *(f"--config.{override}" for override in overrides)]
+        command = [sys.executable, "-m", "iha_jax.plan", f"--config={spec}", f"--topology={topology.name}"]
+        command += [f"--num_slices={topology.slices}", f"--efficiency={efficiency}", f"--out={out}"]
+        command += [*(f"--config.{override}" for override in overrides)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             return json.loads(out.read_text())
         said = [line for line in done.stderr.splitlines() if line and not line.startswith("[plan")]
-        return {"topology": name, "fits": False, "refused": " ".join(said[-3:]) or f"exit code {done.returncode}"}
+        return {
+            "topology": topology.name,
+            "fits": False,
+            "refused": " ".join(said[-3:]) or f"exit code {done.returncode}",
+        }
 
 
 def _sweep_line(found: dict[str, Any], devices: int) -> str:
