@@ -1,4 +1,4 @@
-"""MHA and IHA of 110 M parameters on C4, 2.5 B tokens each: a comparison for one GPU or a v5e-8.
+"""MHA and IHA of 109 M parameters on C4, 2.5 B tokens each: a comparison for one GPU or a v5e-8.
 
     python -m iha_jax.compare --config=configs/c4_100m.py --workdir=runs/c4_100m \
         --config.data.data_dir=/data/tfds --config.data.tokenizer=hf:/data/tokenizer.json
@@ -14,8 +14,11 @@ trains both arms with three seeds each; one arm alone:
 | iha | four local IHA layers (P = 4, W = 64), then one global MHA, twice | 109 446 912 |
 
 The tokenizer may have up to 50 304 tokens (GPT-2's padded). 20 tokens a parameter and more; the learning rate is tuned
-for neither arm. Hardware: one H100 80 GB, or a v5e-8, as it is. On a GPU `--config.data.document_attention=False` lets
-MHA take cuDNN. What `python -m iha_jax.plan` says of it is in docs/plans/README.md; it has not been run.
+for neither arm. Hardware: one H100 80 GB, or a v5e-8 (`v5e:2x4`), as it is. On a GPU
+`--config.data.document_attention=False` lets MHA take cuDNN.
+
+Not run yet. `iha_jax.plan --search --compiled=0` estimates for IHA, by closed forms and at 60 % of peak in matrix
+products, 1.1 h a run and 21 GiB on one H100, 0.7 h and 4.7 GiB a chip on a v5e-8; expect more.
 """
 
 from ml_collections import ConfigDict

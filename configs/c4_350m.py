@@ -14,8 +14,11 @@ trains both arms with three seeds each; one arm alone:
 | iha | four local IHA layers (P = 4, W = 64), then one global MHA, five times | 366 218 240 |
 
 The tokenizer may have up to 50 304 tokens (GPT-2's padded). 20 tokens a parameter and more; the learning rate is tuned
-for neither arm. Hardware: one H100 80 GB, or a v5e-8, as it is. On a GPU `--config.data.document_attention=False` lets
-MHA take cuDNN. What `python -m iha_jax.plan` says of it is in docs/plans/README.md; it has not been run.
+for neither arm. Hardware: one H100 80 GB, or a v5e-8 (`v5e:2x4`), as it is. On a GPU
+`--config.data.document_attention=False` lets MHA take cuDNN.
+
+Not run yet. `iha_jax.plan --search --compiled=0` estimates for IHA, by closed forms and at 60 % of peak in matrix
+products, 10.2 h a run and 33 GiB on one H100, 6.4 h and 10.6 GiB a chip on a v5e-8; expect more.
 """
 
 from ml_collections import ConfigDict
