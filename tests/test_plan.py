@@ -41,7 +41,18 @@ PROGRAM = """HloModule jit_step, num_partitions=8
   ROOT %own = f32[32,3]{1,0} dynamic-slice(%reduced), dynamic_slice_sizes={32,3}
 }
 
+%async_collective_fusion.1 (x: bf16[3]) -> bf16[12] {
+  %x.2 = bf16[3]{0} parameter(0)
+  ROOT %piece = bf16[12]{0} all-gather(%x.2), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+
+%fused_computation.1 (x: bf16[3]) -> bf16[12] {
+  %x.3 = bf16[3]{0} parameter(0)
+  ROOT %first = bf16[12]{0} all-gather(%x.3), channel_id=9, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+
 %inner (p: (s32[], bf16[5,7])) -> (s32[], bf16[5,7]) {
+  %spread = bf16[12]{0} fusion(%p), kind=kOutput, calls=%async_collective_fusion.1
   %p = (s32[], bf16[5,7]) parameter(0)
   %gathered = bf16[20,7]{1,0} all-gather(%p), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
   ROOT %t = (s32[], bf16[5,7]) tuple(%p)
@@ -58,6 +69,7 @@ PROGRAM = """HloModule jit_step, num_partitions=8
   %loop = (s32[], bf16[5,7]) while(%q), condition=%inner_condition, body=%inner
   %sent = (f32[11]{0}, f32[11]{0}, u32[], u32[]) collective-permute-start(%q), source_target_pairs={{0,1},{1,0}}
   %done = f32[11]{0} collective-permute-done(%sent)
+  %started = bf16[12]{0} fusion(%q), kind=kCustom, calls=%fused_computation.1
   ROOT %t.1 = (s32[], bf16[5,7]) tuple(%loop)
 }
 
@@ -76,8 +88,12 @@ ENTRY %main (x: f32[64,3]) -> f32[32,3] {
 
 
 def test_collectives_count_once_for_every_iteration_of_the_loops_around_them():
-    found = {(c.kind, c.between_slices): c for c in collectives(PROGRAM, 8)}
-    assert len(found) == 5
+    listed = collectives(PROGRAM, 8)
+    spread = next(c for c in listed if c.result_bytes == 24)
+    assert spread.times == 5, "pieces of one collective were counted as several"
+    assert spread.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+    found = {(c.kind, c.between_slices): c for c in listed if c is not spread}
+    assert (len(listed), len(found)) == (6, 5)
     gathered = found["all-gather", False]
     assert gathered.times == 5 * 3
     assert gathered.groups == ((0, 2, 4, 6), (1, 3, 5, 7))
@@ -99,6 +115,25 @@ def test_collectives_of_a_real_program_in_a_loop():
     computations, entry = parse(text)
     assert max(times_run(computations, entry).values()) == 7
     assert collectives(text, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,3},{1,2}}", ((0, 3), (1, 2))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+        ("mesh['a'=2,'b'=2] {'a','b'}", ((0, 1, 2, 3),)),
+        ("mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
+        ("mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+    ],
+)
+def test_groups_of_devices_in_every_spelling(written, groups):
+    program = (
+        f"ENTRY %main (x: f32[1]) -> f32[2] {{\n  %y = f32[2] all-gather(%x), replica_groups={written}, d={{0}}\n}}"
+    )
+    assert collectives(program, 4)[0].groups == groups
 
 
 def test_bytes_of_types():

@@ -24,6 +24,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\d*[a-z\d]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -113,29 +114,42 @@ def times_run(computations: dict[str, list[Instruction]], entry: str) -> dict[st
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """Every collective of an optimized module for `devices` devices. Halves of an asynchronous one count once."""
+    """Every collective of an optimized module for `devices` devices, the slowest to run first.
+
+    TPU's compiler spreads one over the operations beside it: a first piece, many between, some in loops of their own,
+    and a last. All pieces have one channel, and the collective runs as often as the rarest of them.
+    """
     computations, entry = parse(text)
-    times, found = times_run(computations, entry), []
+    times = times_run(computations, entry)
+    found: dict[str, Collective] = {}
     for computation, count in times.items():
-        # TPU's compiler writes a reduce-scatter as a fusion named so, of an all-reduce and a slice.
-        scatters = computation.startswith("all-reduce-scatter")
         for instruction in computations.get(computation, ()):
-            kind = instruction.operation.removesuffix("-start")
-            between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
-            if between and kind == "recv":  # TPU's compiler writes what crosses slices as a send and a receive
-                kind = between[1].lower().replace("_", "-")
-                result = shape_bytes(instruction.result.split(", u32[]")[0])
-                found.append(Collective(kind, result, count, (), instruction.name, between_slices=True))
+            collective = _collective(instruction, computation, count, devices)
+            if collective is None:
                 continue
-            if kind not in KINDS:
-                continue
-            groups = _groups(instruction.rest, devices)
-            size = len(groups[0]) if groups else devices
-            result = _result_bytes(instruction, kind, size)
-            if scatters and kind == "all-reduce":
-                kind, result = "reduce-scatter", result / size
-            found.append(Collective(kind, result, count, groups, instruction.name))
-    return found
+            channel = re.search(r"channel_id=(\d+)", instruction.rest)
+            key = f"{collective.kind} {channel[1]}" if channel else instruction.name
+            if key not in found or count < found[key].times:
+                found[key] = collective
+    return sorted(found.values(), key=lambda one: -one.times * one.result_bytes)
+
+
+def _collective(instruction: Instruction, computation: str, count: int, devices: int) -> Collective | None:
+    kind = instruction.operation.removesuffix("-start")
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if between and kind == "recv":  # TPU's compiler writes what crosses slices as a send and a receive
+        kind = between[1].lower().replace("_", "-")
+        result = shape_bytes(instruction.result.split(", u32[]")[0])
+        return Collective(kind, result, count, (), instruction.name, between_slices=True)
+    if kind not in KINDS:
+        return None
+    groups = _groups(instruction.rest, devices)
+    size = len(groups[0]) if groups else devices
+    result = _result_bytes(instruction, kind, size)
+    # TPU's compiler writes a reduce-scatter as a fusion named so, of an all-reduce and a slice.
+    if computation.startswith("all-reduce-scatter") and kind == "all-reduce":
+        kind, result = "reduce-scatter", result / size
+    return Collective(kind, result, count, groups, instruction.name)
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
@@ -180,13 +194,29 @@ def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if listed:
         return _braces(listed[1])
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if not iota:
-        return ()
-    shape, source = (tuple(map(int, part.split(","))) for part in iota.groups()[:2])
-    order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(source)))
-    numbers = _transposed(source, order)
-    size = shape[-1]
-    return tuple(tuple(numbers[start : start + size]) for start in range(0, devices, size))
+    if iota:
+        shape, source = (tuple(map(int, part.split(","))) for part in iota.groups()[:2])
+        order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(source)))
+        return _rows(_transposed(source, order), shape[-1])
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
+    return _mesh_groups(mesh[1], mesh[2]) if mesh else ()
+
+
+def _mesh_groups(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along `axes` ("'a','b':(2)4": of b, the 4 after the first 2 parts) of a mesh ("'a'=8,'b'=16")."""
+    sizes, along = [], []
+    chosen = {name: (int(before or 1), int(size or 0)) for name, before, size in _AXIS.findall(axes)}
+    for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
+        before, part = chosen.get(name, (1, 0))
+        part = (part or int(size)) if name in chosen else 1
+        along += [len(sizes) + 1]
+        sizes += [before, part, int(size) // (before * part)]
+    others = [axis for axis in range(len(sizes)) if axis not in along]
+    return _rows(_transposed(sizes, [*others, *along]), math.prod(sizes[axis] for axis in along))
+
+
+def _rows(numbers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(numbers[start : start + size]) for start in range(0, len(numbers), size))
 
 
 def _transposed(source: Sequence[int], order: Sequence[int]) -> list[int]:
