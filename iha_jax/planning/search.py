@@ -156,8 +156,8 @@ def memory_estimate(config: Config, mesh: dict[str, int]) -> float:
 
     n parameters, split over s = fsdp * tensor devices: weights and moments `12 n / s`, gradients `4 n / s`, twice with
     accumulation. Gathered: the embedding in the compute type (w bytes) and its float32 gradient, and two groups of
-    layers. Activations of t tokens: what `remat` keeps of every layer, and all of one group, in w bytes: a layer's
-    `14 D + 4 F`, its products `6 D + F`, a group's input D. Logits: `12` bytes each of a chunk.
+    layers. Activations of t tokens: what `remat` keeps of every layer, and all of one, in w bytes: all of a layer is
+    `14 D + 4 F`, its products `6 D + F`, its input D. Logits: `12` bytes each of a chunk.
     """
     model, training = config.model, config.training
     width, tensor = 2 if model.compute_dtype == "bfloat16" else 4, mesh["tensor"]
@@ -170,9 +170,9 @@ def memory_estimate(config: Config, mesh: dict[str, int]) -> float:
     gathered = (width + 4) * V * D / tensor + 2 * width * group * (n - V * D) / layers / tensor
     whole = width * (4 * D + (10 * D + 4 * F) / tensor)
     kept = {
-        "full": width * D * layers / group + group * whole,
-        "dots_no_batch": layers * width * (D + (5 * D + F) / tensor) + group * whole,
-        "dots": layers * width * (D + (5 * D + F) / tensor) + group * whole,
+        "full": width * D * layers + whole,
+        "dots_no_batch": layers * width * (D + (5 * D + F) / tensor) + whole,
+        "dots": layers * width * (D + (5 * D + F) / tensor) + whole,
         "none": layers * whole,
     }[model.remat]
     chunk = min(training.loss_chunk or model.context_length, model.context_length)
