@@ -258,3 +258,13 @@ def test_a_plan_has_what_was_promised_and_iha_needs_no_more_memory_than_mha(topo
         assert {"all-gather"} <= set(found[arm]["collectives"])
     totals = [found[arm]["bytes_per_device"]["total"] for arm in ("mha", "iha")]
     assert totals[1] < 1.6 * totals[0]
+
+
+def test_committed_plans_fit_and_have_every_key():
+    plans = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs" / "plans").glob("*.json")}
+    assert {f"{where}_{arm}" for where in ("v5p_4x4x8", "v5e_16x16") for arm in ("iha", "global")} <= set(plans)
+    for name, found in plans.items():
+        assert found["fits"], name
+        assert set(KEYS) <= set(found["bytes_per_device"]), name
+    iha, mha = (plans[f"v5p_4x4x8_{arm}"]["bytes_per_device"]["total"] for arm in ("iha", "global"))
+    assert iha <= 1.05 * mha
