@@ -125,9 +125,9 @@ def compile_step(
         memory = dump.memory() or (_memory(compiled) if compiled is not None else None)
         if memory is None:
             raise PlanError(f"needs more memory than a device has; the compiler lists no buffers: {refusal}")
-        text = dump.text("after_optimizations_after_buffer_assignment") or (
-            compiled.as_text() if compiled is not None else ""
-        )
+        text = dump.text("after_optimizations_after_buffer_assignment")
+        if not text and compiled is not None:
+            text = compiled.as_text() or ""
         return CompiledStep(
             memory=memory,
             fits=not refusal and memory.total <= topology.chip.memory,
@@ -209,7 +209,7 @@ def _source(name: str, program: str) -> str:
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     return Memory(
         sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, sizes.output_size_in_bytes, sizes.alias_size_in_bytes
     )

@@ -116,7 +116,7 @@ def _settings(config: Config, topology: Topology, efficiency: float) -> Iterator
     rows = config.training.batch_size
     accumulations = [n for n in range(1, rows + 1) if rows % n == 0]
     for sizes in factorizations(topology.devices, len(AXES)):
-        mesh = dict(zip(AXES, sizes, strict=True))
+        mesh: dict[str, int] = dict(zip(AXES, sizes, strict=True))
         if mesh["data"] % topology.slices:
             continue
         placed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
