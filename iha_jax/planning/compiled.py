@@ -236,5 +236,6 @@ def _without_gpu_kernels(config: Config, topology: Topology) -> tuple[Config, li
         model = dataclasses.replace(model, implementation="auto")
     if model.iha.implementation in _GPU_ONLY:
         model = dataclasses.replace(model, iha=dataclasses.replace(model.iha, implementation="auto"))
+    changes.append("between nodes, GPUs of a node share the work of a collective; inside, NVLink carries the rest")
     changes.append("attention is block-wise and streaming: cuDNN and fused kernels compile on a GPU only")
     return dataclasses.replace(config, model=model), changes
