@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from iha_jax.config import Config, ConfigError
 from iha_jax.data.batches import train_batches
 from iha_jax.data.corpus import Corpus, open_corpus
-from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, local_rows, make_mesh, place_batch, replicated
+from iha_jax.parallel.mesh import check_batch_sizes, local_rows, make_mesh, place_batch
 from iha_jax.parallel.processes import agree, in_turns, is_first, of_first
 from iha_jax.parallel.rules import check_split
 from iha_jax.training.banner import describe, kernels
@@ -27,7 +25,7 @@ from iha_jax.training.progress import Progress
 from iha_jax.training.run_directory import check_data, check_run, note_start, open_run, seen_from_here
 from iha_jax.training.start_up import StartUp
 from iha_jax.training.state import check_source, starting_state
-from iha_jax.training.step import State, make_train_step
+from iha_jax.training.step import lower_train_step
 from iha_jax.training.validation import Validation
 
 DONE, PREEMPTED = 0, 75
@@ -106,7 +104,7 @@ def train(job: Job, start_up: StartUp | None = None) -> int:
 
         # --- Compile before the clock starts.
         began = time.perf_counter()
-        train_step = _compile(config, optimizer, state, mesh)
+        train_step = lower_train_step(config, optimizer, state, mesh).compile()
         validate = Validation(config, corpus, mesh)
         progress.message(f"compiled the training step in {time.perf_counter() - began:.1f} s")
         start_up.mark("compile")
@@ -167,22 +165,6 @@ def train(job: Job, start_up: StartUp | None = None) -> int:
             progress.message(_validation_line(row))
         progress.close()
     return DONE
-
-
-def _compile(config: Config, optimizer: optax.GradientTransformation, state: State, mesh: Mesh) -> Any:
-    shape = (config.training.batch_size, config.model.context_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in {
-            "inputs": jnp.int32,
-            "targets": jnp.int32,
-            "segment_ids": jnp.int32,
-            "loss_mask": jnp.float32,
-        }.items()
-    }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=shardings)
-    return step.lower(state, batch).compile()
 
 
 def _validation_line(row: dict[str, Any]) -> str:
