@@ -36,6 +36,7 @@ from iha_jax.parallel.attention import (
     share_heads,
     sum_and_scatter_heads,
     swap_heads,
+    swap_tokens,
 )
 
 
@@ -135,9 +136,13 @@ class InterleavedHeadAttention(MultiHeadAttention):
         self.collapse = nnx.Param(initial_value("attention/collapse", collapse_shape, config, rngs))
 
     def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
-        """Each device has the pseudo-heads of its own heads H, and so those slices of the mixing weights."""
+        """In a global layer each device has the pseudo-heads of its own heads H, and so those slices of the mixing
+        weights; in a local one the pseudo-heads of all heads, of its own tokens."""
         weights = (self.alpha_query, self.alpha_key, self.alpha_value, self.collapse)
-        dimensions = ("s H p", "s H p", "s H p", "g H p" if self.config.iha.collapse == "global" else "H p")
+        own = "H" if self.window is None else "h"
+        of_sources = f"s {own} p"
+        of_outputs = f"g {own} p" if self.config.iha.collapse == "global" else f"{own} p"
+        dimensions = (of_sources, of_sources, of_sources, of_outputs)
         return [(weight[...].astype(dtype), names) for weight, names in zip(weights, dimensions, strict=True)]
 
     def attend(
@@ -145,7 +150,7 @@ class InterleavedHeadAttention(MultiHeadAttention):
     ) -> Array:
         iha = self.config.iha
         positions = "none" if self.config.positions == "none" else iha.rope_positions
-        if heads_split():
+        if gathers := heads_split() and self.window is None:
             q_BNHd, k_BNKd, v_BNKd = (gather_heads(x) for x in (q_BNHd, k_BNKd, v_BNKd))
         out_BNHd = interleaved_head_attention(
             q_BNHd,
@@ -161,13 +166,13 @@ class InterleavedHeadAttention(MultiHeadAttention):
             target_heads=mixing[0].shape[1],
             implementation=iha.implementation,
         )
-        return sum_and_scatter_heads(out_BNHd) if heads_split() and iha.collapse == "global" else out_BNHd
+        return sum_and_scatter_heads(out_BNHd) if gathers and iha.collapse == "global" else out_BNHd
 
     def exchange(self) -> Exchange:
         iha = self.config.iha
         if self.window is None:
             return share_heads(summed=iha.collapse == "global")
-        return halo(tokens_in_reach(self.window, iha.pseudo_heads, iha.causality), causal=self.config.causal)
+        return swap_tokens(tokens_in_reach(self.window, iha.pseudo_heads, iha.causality), causal=self.config.causal)
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
