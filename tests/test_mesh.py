@@ -115,8 +115,8 @@ def test_local_iha_over_tensor_swaps_heads_for_tokens_and_gathers_none(found):
     assert {abs(source - target) for pairs in run["pairs"] for source, target in pairs} == {1}
     assert any(re.search(r"f32\[\d+,3,4,4\]", result) for result in permuted)
     assert swapped(run)
-    both = [found[f"{arm} fsdp 4 x tensor 2"] for arm in ("iha", "mha")]
-    for kind, result in sum((r["collectives"] for r in [run, *both]), []):
+    hybrid, mha = (found[f"{arm} fsdp 4 x tensor 2"]["collectives"] for arm in ("iha", "mha"))
+    for kind, result in [*run["collectives"], *hybrid, *mha]:
         assert kind != "all-gather" or not re.search(r"\[\d+,24,\d+,4\]", result), "heads were gathered"
 
 
