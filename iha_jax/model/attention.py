@@ -12,7 +12,7 @@ from flax import nnx
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
-from iha_jax.model.layers import RMSNorm
+from iha_jax.model.layers import RMSNorm, weight_product
 from iha_jax.ops import (
     Features,
     apply_rope,
@@ -62,9 +62,9 @@ class MultiHeadAttention(nnx.Module):
 
     def project(self, x_BND: Array) -> tuple[Array, Array, Array]:
         """Queries [B, N, H, d], keys and values [B, N, K, d]: normalized if asked, neither mixed nor rotated."""
-        q_BNHd = jnp.einsum("bnD,Dhd->bnhd", x_BND, self.query[...].astype(x_BND.dtype))
-        k_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.key[...].astype(x_BND.dtype))
-        v_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.value[...].astype(x_BND.dtype))
+        q_BNHd = weight_product("bnD,Dhd->bnhd", x_BND, self.query[...])
+        k_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.key[...])
+        v_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.value[...])
         if self.config.qk_norm:
             q_BNHd, k_BNKd = self.query_norm(q_BNHd), self.key_norm(k_BNKd)
         return q_BNHd, k_BNKd, v_BNKd
@@ -106,7 +106,7 @@ class MultiHeadAttention(nnx.Module):
         return []
 
     def project_back(self, out_BNHd: Array) -> Array:
-        return jnp.einsum("bnhd,hdD->bnD", out_BNHd, self.output[...].astype(out_BNHd.dtype))
+        return weight_product("bnhd,hdD->bnD", out_BNHd, self.output[...])
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
@@ -293,8 +293,8 @@ class SimplicialAttention(MultiHeadAttention):
 
     def project_second(self, x_BND: Array) -> tuple[Array, Array]:
         """The second keys and values [B, N, K, d]; the keys normalized if asked."""
-        k2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_key[...].astype(x_BND.dtype))
-        v2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_value[...].astype(x_BND.dtype))
+        k2_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.second_key[...])
+        v2_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.second_value[...])
         return self.second_key_norm(k2_BNKd) if self.config.qk_norm else k2_BNKd, v2_BNKd
 
     def __call__(
@@ -350,7 +350,7 @@ class FusedMixingAttention(MultiHeadAttention):
             return q_BNHd, k_BNKd, v_BNKd
         weights = (self.query, self.key, self.value)
         q_BNHd, k_BNKd, v_BNKd = (
-            jnp.einsum("bnD,Dhd->bnhd", x_BND, fuse_mixing(weight[...], mix[...]).astype(dtype))
+            weight_product("bnD,Dhd->bnhd", x_BND, fuse_mixing(weight[...], mix[...]))
             for weight, mix in zip(weights, mixes, strict=True)
         )
         return q_BNHd, k_BNKd, v_BNKd
