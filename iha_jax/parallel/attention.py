@@ -200,7 +200,7 @@ def _from_neighbor(x: Array, tokens: int, step: int, over: tuple[str, ...], devi
     while tokens > 0:
         take = min(tokens, n)
         sent = sent[:, -take:] if step == 1 else sent[:, :take]
-        sent = jax.lax.ppermute(sent, over if len(over) > 1 else over[0], neighbors)
+        sent = jax.lax.ppermute(sent, over, neighbors)
         pieces, tokens = [sent, *pieces] if step == 1 else [*pieces, sent], tokens - take
     return pieces
 
