@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # their one block-wise form, unless this is "reference".
     model.implementation = "auto"  # auto | reference | blockwise | cudnn (GPU) | splash (TPU)
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, softmax, norms and loss stay float32
-    model.remat = "none"  # none | full | dots | dots_no_batch: what the backward pass recomputes
+    model.remat = "none"  # none | full | dots (all but products with weights): what the backward pass recomputes
     model.scan_layers = True  # False: a Python loop over layers, slower to compile, easier to debug
 
     model.iha = iha = ConfigDict()

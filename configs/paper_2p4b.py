@@ -50,7 +50,7 @@ def get_config(arm: str = "iha") -> ConfigDict:
     model.mlp_width = 10_240
     model.rope_theta = 500_000.0
     model.compute_dtype = "bfloat16"
-    model.remat = "full"
+    model.remat = "dots"
     model.iha.pseudo_heads = 20
     if arm == "iha":
         model.layer_pattern = ("iha_local",) * 4 + ("mha",)  # window max(1, 8192 // (2 * 20**2)) = 10 tokens

@@ -8,8 +8,7 @@ Arms and sizes are those of configs/paper_2p4b.py; `init_from` is a run of the s
 context: RoPE has none, and IHA's window stays the 10 tokens that 8 192 gave it. The paper states the length and nothing
 else: steps, learning rate and batch are ours, and so is leaving RoPE's theta at 500 000.
 
-Hardware: 128 v5p chips (`v5p:4x4x8`) as it is: 32 rows, each over 4 chips by heads. 20 heads split over 1, 2, 4, 5, 10
-or 20 devices. It has not been run; what `python -m iha_jax.plan` says of it is in docs/plans/README.md.
+Hardware: 128 v5p chips (`v5p:4x4x8`) as it is: 32 rows, each over 4 chips by tokens. It has not been run; what `python -m iha_jax.plan` says of it is in docs/plans/README.md.
 """
 
 from ml_collections import ConfigDict
@@ -36,5 +35,5 @@ def get_config(arm: str = "iha") -> ConfigDict:
     training.eval_batch_size = 32
     training.checkpoint_every = 250
 
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 4
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, -1, 4
     return config

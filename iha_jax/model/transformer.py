@@ -14,15 +14,15 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.attention import ATTENTION
 from iha_jax.model.init import initial_value
-from iha_jax.model.layers import Mlp, RMSNorm
+from iha_jax.model.layers import WEIGHT_PRODUCT, Mlp, RMSNorm
 from iha_jax.parallel.rules import constrain
 
 Parameters = dict[str, Any]
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: JAX's own policies for products would also keep those inside attention, scores among them.
+    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
 }
 
 

@@ -112,7 +112,7 @@ def estimate(
 def executed_flops(config: Config) -> float | None:
     """Matrix-product FLOPs of a step as the implementations named execute them, None where one has no closed form.
 
-    Under `remat` "full" every layer's forward runs once more; under "dots" and "dots_no_batch" attention's does.
+    Under `remat` "full" every layer's forward runs once more; under "dots" attention's does.
     Logits run once more where `training.loss_chunk` is set.
     """
     model, training = config.model, config.training

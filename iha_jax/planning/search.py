@@ -171,8 +171,7 @@ def memory_estimate(config: Config, mesh: dict[str, int]) -> float:
     whole = width * (4 * D + (10 * D + 4 * F) / tensor)
     kept = {
         "full": width * D * layers + whole,
-        "dots_no_batch": layers * width * (D + (5 * D + F) / tensor) + whole,
-        "dots": layers * width * (D + (5 * D + F) / tensor) + whole,
+        "dots": layers * width * (2 * D + (3 * D + F) / tensor) + whole,
         "none": layers * whole,
     }[model.remat]
     chunk = min(training.loss_chunk or model.context_length, model.context_length)
