@@ -155,7 +155,7 @@ def test_another_checkpoints_arrays_in_its_place_are_found(copy):
 
 
 def test_links_and_huge_metadata_are_refused(copy, monkeypatch):
-    monkeypatch.setattr("iha_jax.training.checkpoint.LARGEST_JSON", 10)
+    monkeypatch.setattr("iha_jax.training.manifest.LARGEST_JSON", 10)
     with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointCorrupt, match="larger than 10"):
         checkpoints.restore(like(state()), 2)
     monkeypatch.undo()

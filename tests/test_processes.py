@@ -196,7 +196,7 @@ def test_a_signal_to_one_process_saves_one_step_in_all(data, tmp_path):
             assert processes.wait() == [75, 75], processes.texts()
             saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert metrics(workdir)[-1]["step"] == saved < 600
-            assert f"preempted: saved step {saved};" in processes.texts()[0]
+            assert f"preempted: step {saved} is saved;" in processes.texts()[0]
         return saved
 
     first = stop(signal.SIGTERM, 1, after=5)

@@ -5,22 +5,24 @@ to remember, and a digest of it all) and `manifest.json`, written last. Which st
 never of anyone's memory.
 """
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from typing import Any, NoReturn, Self
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from iha_jax.data.storage import absolute, is_local
+from iha_jax.data.storage import absolute, is_local, read_json
 from iha_jax.parallel.processes import is_first, of_all, of_first
 from iha_jax.training.fingerprint import inspect
 from iha_jax.training.manifest import FILE as MANIFEST
-from iha_jax.training.manifest import LARGEST_JSON, damage, write_manifest
+from iha_jax.training.manifest import damage, write_manifest
 
+T = TypeVar("T")
 FORMAT = 2
 QUARANTINE = "quarantine"
 _FORMAT_1 = frozenset({"tokens", "seconds", "corpus_digest", "tokenizer_digest", "rows_digest"})
@@ -217,6 +219,11 @@ class Checkpointer:
         self._manager.reload()
         return target
 
+    def quarantined(self) -> list[str]:
+        """The names of the checkpoints in quarantine, as process 0 finds them."""
+        folder = self._directory.parent / QUARANTINE
+        return of_first(sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else [])
+
     def delete(self, step: int) -> None:
         if is_first():
             self.path(step).rmtree()
@@ -248,15 +255,14 @@ class Checkpointer:
         Where a kill came between the last file and the manifest, the fingerprints alone decide.
         """
         path = self.path(step)
-        listed = damage(path, part=jax.process_index(), parts=jax.process_count()) if self.has_manifest(step) else []
-        content, problem = None, "; ".join(listed[:5])
-        try:
-            content = None if problem else _load_json(path / "metadata" / "metadata")
-        except (OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problems := list(dict.fromkeys(text for text in of_all(problem) if text)):
-            raise CheckpointCorrupt(f"checkpoint {path}: {'; '.join(problems)}")
-        assert content is not None
+        listed = damage(path, part=jax.process_index(), parts=jax.process_count())
+
+        def described() -> dict[str, Any]:
+            if listed:
+                raise ValueError("; ".join(listed[:5]))
+            return read_json(path / "metadata" / "metadata")
+
+        content = self._whole(described, step)
         if content.keys() == _FORMAT_1 and not self.has_manifest(step):
             return None, content
         if content.pop("sha256", None) != _digest(content):
@@ -276,23 +282,32 @@ class Checkpointer:
             write_manifest(self.path(step))
 
     def _stored(self, step: int) -> dict[str, Any]:
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.metadata(self.path(step) / "state")
-            tree = getattr(found, "item_metadata", found)
+        def read() -> dict[str, Any]:
+            tree = ocp.PyTreeCheckpointHandler().metadata(self.path(step) / "state")
             return dict(getattr(tree, "tree", tree))
-        except Exception as error:
-            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its list of arrays is unreadable") from error
+
+        return self._whole(read, step, "its list of arrays is unreadable: ")
 
     def _read(self, wanted: dict[str, Any], step: int) -> dict[str, Any]:
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
+        # The handler alone: Orbax's Checkpointer waits for all processes after reading, also for one that has failed.
+        handler = ocp.PyTreeCheckpointHandler()
+        read = functools.partial(handler.restore, self.path(step) / "state", args=arguments)
+        return self._whole(read, step, "its arrays are unreadable: ")
+
+    def _whole(self, read: Callable[[], T], step: int, prefix: str = "") -> T:
+        """`read()`, when it succeeds in every process; else CheckpointCorrupt in every one: each may read other files,
+        and none must go on to wait for one that has failed."""
+        found, problem = None, None
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return reader.restore(self.path(step) / "state", args=arguments)
+            found = read()
         except Exception as error:
-            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its arrays are unreadable: {error}") from error
+            problem = f"{prefix}{_first_line(error)}"
+        if problems := list(dict.fromkeys(text for text in of_all(problem) if text)):
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: {'; '.join(problems)}")
+        return cast(T, found)
 
     def _compare_prints(self, arrays: dict[str, Any], expected: dict[str, int] | None, step: int) -> None:
         """Fingerprints are sums over all devices: every process finds the same and raises, or none does."""
@@ -320,15 +335,6 @@ class Checkpointer:
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointMismatch(f"checkpoint {self.path(step)} does not fit:\n{listed}")
-
-
-def _load_json(file: epath.Path) -> dict[str, Any]:
-    if file.stat().length > LARGEST_JSON:
-        raise ValueError(f"{file}: larger than {LARGEST_JSON} bytes")
-    content = json.loads(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object")
-    return content
 
 
 def _first_line(error: Exception) -> str:
