@@ -1,6 +1,7 @@
 """Program of the tests of faults: train.py, which meets the trouble its first argument describes, a JSON object."""
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -20,7 +21,12 @@ from iha_jax.training.command import main
 from iha_jax.training.fingerprint import inspect
 
 REAL_START = loop.starting_state
-KINDS = {"nan": -1, "inf": -2, "gradient": -3, "high": -4}  # of bad batches: the first token says which
+KINDS = {  # of bad batches, whose first token says which: factors of the objective and of the loss
+    -1: ("nan", jnp.nan, jnp.nan),
+    -2: ("inf", jnp.inf, jnp.inf),
+    -3: ("gradient", jnp.nan, 1.0),
+    -4: ("high", 3.0, 3.0),
+}
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Trouble:
     bad: dict = field(default_factory=dict)  # kind of a batch by position in the data
     examples: str = ""  # folder for a checksum of every row that is trained on
     full_from: int = 0  # the step from which no file may grow beyond 20,000 bytes
+    seconds_to_write: int = 0  # how long several processes wait for one that does not write; 0: as long as ever
     spoils: int = 0  # how many final checkpoints lose a bit before they are read back
     killed_saving: list = field(default_factory=lambda: [0, 0])  # step, milliseconds after its save began
 
@@ -64,16 +71,15 @@ def hang_here():
 
 
 def poison(real):
-    """A loss that a bad batch makes NaN (`nan`), infinite (`inf`), or high; or whose gradient alone is NaN."""
+    """A loss that a bad batch makes NaN, infinite or high; or whose gradient alone is NaN."""
 
     def summed_loss(model, batch, **options):
+        first, objective_factor, nll_factor = batch["inputs"].min(), 1.0, 1.0
+        for token, (_, objective, nll) in KINDS.items():
+            objective_factor = jnp.where(first == token, objective, objective_factor)
+            nll_factor = jnp.where(first == token, nll, nll_factor)
         objective, nll = real(model, batch | {"inputs": jnp.maximum(batch["inputs"], 0)}, **options)
-        kind = batch["inputs"].min()
-        for name, factors in {"nan": (jnp.nan,) * 2, "inf": (jnp.inf,) * 2, "gradient": (jnp.nan, 1)}.items():
-            objective = jnp.where(kind == KINDS[name], objective * factors[0], objective)
-            nll = jnp.where(kind == KINDS[name], nll * factors[1], nll)
-        high = jnp.where(kind == KINDS["high"], 3.0, 1.0)
-        return objective * high, nll * high
+        return objective * objective_factor, nll * nll_factor
 
     return summed_loss
 
@@ -89,7 +95,7 @@ def train_batches(trouble, real):
                     file.write(json.dumps([position, dict(zip(map(int, rows), sums, strict=True))]) + "\n")
             if (kind := trouble.bad.get(str(position))) and trouble.is_here():
                 batch["inputs"] = batch["inputs"].copy()
-                batch["inputs"][0, 0] = KINDS[kind]
+                batch["inputs"][0, 0] = next(token for token, (name, *_) in KINDS.items() if name == kind)
             yield batch
 
     return batches
@@ -129,6 +135,7 @@ class Meter(loop.Meter):
         if trouble.is_here() and step in trouble.stops:
             os.kill(os.getpid(), signal.SIGTERM)
         if trouble.is_here() and step == trouble.full_from:
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is printed is a file too
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         return super().training_row(step, metrics, skipped)
@@ -160,6 +167,8 @@ def meet(trouble):
     Checkpointer.trouble = Meter.trouble = trouble
     loop.Checkpointer, loop.Meter = Checkpointer, Meter
     loop.train_batches = train_batches(trouble, loop.train_batches)
+    if trouble.seconds_to_write:
+        checkpoint.SECONDS_TO_WRITE = trouble.seconds_to_write
     if trouble.bad:
         step.summed_loss = poison(step.summed_loss)
     if trouble.refuses:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,6 +26,7 @@ T = TypeVar("T")
 FORMAT = 2
 QUARANTINE = "quarantine"
 _FORMAT_1 = frozenset({"tokens", "seconds", "corpus_digest", "tokenizer_digest", "rows_digest"})
+SECONDS_TO_WRITE = 600  # of several processes: a save for which one waits longer than this for another has failed
 _READ_AT_ONCE = 2**28  # elements of a state read back together when a checkpoint is verified
 
 
@@ -72,6 +73,7 @@ class Checkpointer:
             max_to_keep=None,  # what is deleted is decided by `saves.py`, from the directory
             cleanup_tmp_directories=self._writable,
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SECONDS_TO_WRITE),
             create=self._writable,
             save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
@@ -128,9 +130,8 @@ class Checkpointer:
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            problem = _first_line(error)
-        if problems := [text for text in of_all(problem) if text]:
-            self._give_up(problems[0])
+            problem = _cause(error)
+        self._give_up_if(problem)
 
     def saving(self) -> bool:
         """Whether a save has begun and its writing goes on, in any process."""
@@ -150,14 +151,17 @@ class Checkpointer:
             if is_first():
                 write_manifest(self.path(step))
         except Exception as error:
-            problem = _first_line(error)
-        if problems := [text for text in of_all(problem) if text]:
-            self._give_up(problems[0])
+            problem = _cause(error)
+        self._give_up_if(problem)
         self._saving = None
         return step
 
-    def _give_up(self, problem: str) -> NoReturn:
-        """After a failure the manager's memory is wrong (it lists steps that are not there): a new one is opened."""
+    def _give_up_if(self, problem: str | None) -> None:
+        """After a failure in any process the managers' memory is wrong (they list steps that are not there): new ones
+        are opened, and SaveFailed is raised in all processes."""
+        problems = list(dict.fromkeys(text for text in of_all(problem) if text))
+        if not problems:
+            return
         step, self._saving = self._saving, None
         try:
             free = f"{shutil.disk_usage(self._directory).free / 2**20:,.0f} MiB are free there"
@@ -167,7 +171,7 @@ class Checkpointer:
             self.path(step).rmtree()
         self._manager.close()
         self._manager = self._open()  # removes what the failed save has left
-        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {problem}")
+        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {'; '.join(problems)}")
 
     def restore(self, abstract_state: Any, step: int) -> Any:
         """The state of `step`, shaped, typed and sharded as `abstract_state` says, every array equal to what was saved.
@@ -337,7 +341,14 @@ class Checkpointer:
             raise CheckpointMismatch(f"checkpoint {self.path(step)} does not fit:\n{listed}")
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
+    """What went wrong first; Orbax's threads raise later errors, such as having waited in vain, on top of it."""
+    while error.__cause__ or error.__context__:
+        error = cast(BaseException, error.__cause__ or error.__context__)
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
