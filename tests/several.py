@@ -1,6 +1,7 @@
 """Several real processes on this machine, joined through a free port of the loopback interface."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -42,6 +43,43 @@ def train_command(workdir, data, program="train.py", **training):
     return [program, "--config=configs/base.py", f"--workdir={workdir}", *flags]
 
 
+def small_command(workdir, data, trouble=None, *, flags=(), **training):
+    """The smallest run there is, one layer of MHA; `trouble`: what it meets, fields of `tests.troubled_run.Trouble`."""
+    program, *rest = train_command(workdir, data, **(dict(steps=8, eval_every=8, eval_rows=8) | training))
+    rest += ["--config.model.num_layers=1", "--config.model.layer_pattern=mha", *flags]
+    return [program, *rest] if trouble is None else ["-m", "tests.troubled_run", json.dumps(trouble), *rest]
+
+
+def metrics(workdir):
+    """The whole rows of a run's metrics so far."""
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def losses(workdir):
+    """Every loss of a run, to the last bit, by split and step; none may come twice."""
+    rows = [(row["split"], row["step"], row["loss"].hex()) for row in metrics(workdir)]
+    found = {(split, step): loss for split, step, loss in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def fingerprints(workdir, step):
+    """Of every array of a checkpoint, as it was noted when it was saved."""
+    return json.loads((workdir / "checkpoints" / str(step) / "metadata" / "metadata").read_text())["fingerprints"]
+
+
+def examples(folder):
+    """Checksums of the rows of every batch, by position in the data; whoever read a row has found the same."""
+    found = {}
+    for file in folder.iterdir():
+        for line in file.read_text().splitlines():
+            position, rows = json.loads(line)
+            for row, checksum in rows.items():
+                assert found.setdefault(position, {}).setdefault(int(row), checksum) == checksum
+    return {position: [rows[i] for i in range(len(rows))] for position, rows in sorted(found.items())}
+
+
 class Processes:
     """`count` processes of one command, each with `devices` fake devices; killed by id at the end of a `with` block."""
 
@@ -49,7 +87,9 @@ class Processes:
         self.began = time.monotonic()
         joined = [] if count == 1 else [f"--coordinator_address=127.0.0.1:{free_port()}", f"--process_count={count}"]
         flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        # Every program from the cache that all tests share: a start then takes seconds.
+        cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | cached
         output.mkdir(parents=True, exist_ok=True)
         self._outputs = [output / f"{index}.txt" for index in range(count)]
         self.processes = []

@@ -155,7 +155,7 @@ def test_another_checkpoints_arrays_in_its_place_are_found(copy):
 
 
 def test_links_and_huge_metadata_are_refused(copy, monkeypatch):
-    monkeypatch.setattr("iha_jax.training.checkpoint.LARGEST_JSON", 10)
+    monkeypatch.setattr("iha_jax.training.manifest.LARGEST_JSON", 10)
     with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointCorrupt, match="larger than 10"):
         checkpoints.restore(like(state()), 2)
     monkeypatch.undo()
@@ -164,6 +164,49 @@ def test_links_and_huge_metadata_are_refused(copy, monkeypatch):
     os.symlink(copy / "elsewhere", file)
     with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointCorrupt, match="is a link"):
         checkpoints.restore(like(state()), 2)
+
+
+def test_links_and_huge_metadata_are_refused_without_a_manifest_too(copy, monkeypatch):
+    (copy / "2" / "manifest.json").unlink()
+    monkeypatch.setattr("iha_jax.training.manifest.LARGEST_JSON", 10)
+    with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointCorrupt, match="larger than 10"):
+        checkpoints.restore(like(state()), 2)
+    monkeypatch.undo()
+    shutil.move(copy / "2" / "state", copy / "elsewhere")
+    os.symlink(copy / "elsewhere", copy / "2" / "state")
+    with Checkpointer(copy, writable=False) as checkpoints, pytest.raises(CheckpointCorrupt, match="is a link"):
+        checkpoints.restore(like(state()), 2)
+
+
+def test_code_named_in_a_checkpoint_is_not_run(copy):
+    """A checkpoint made by someone else, its manifest included, that asks for a handler of its own."""
+    witness = copy / "witness"
+    for file in [*(copy / "2").rglob("_CHECKPOINT_METADATA"), copy / "2" / "_CHECKPOINT_METADATA"]:
+        content = json.loads(file.read_text()) if file.exists() else {}
+        handlers = {"state": "os.system", "metadata": f"__import__('os').system('touch {witness}')"}
+        file.write_text(json.dumps(content | {"item_handlers": handlers}))
+    (copy / "2" / "manifest.json").unlink()
+    write_manifest(epath.Path(copy / "2"))
+    with Checkpointer(copy, writable=True) as checkpoints:
+        assert same(checkpoints.restore(like(state()), 2), state(2))
+        checkpoints.verify(like(state()), 2)
+    assert not witness.exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_every_difference(saved):
+    wanted = like(state())
+    wanted["parameters"]["a"] = jax.ShapeDtypeStruct((13, 9), jnp.float32)
+    wanted["parameters"]["b"] = jax.ShapeDtypeStruct((5,), jnp.float32)  # never cast in silence
+    wanted["parameters"]["c"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+    del wanted["step"]
+    with Checkpointer(saved, writable=False) as checkpoints, pytest.raises(CheckpointMismatch) as error:
+        checkpoints.restore(wanted, 2)
+    assert str(error.value).splitlines()[1:] == [
+        "  - parameters/a: shape (13, 7) in the checkpoint, (13, 9) expected",
+        "  - parameters/b: dtype bfloat16 in the checkpoint, float32 expected",
+        "  - parameters/c: missing in the checkpoint",
+        "  - step: only in the checkpoint",
+    ]
 
 
 def test_a_checkpoint_whose_manifest_a_kill_prevented_is_judged_by_its_fingerprints(copy):

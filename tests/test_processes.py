@@ -13,7 +13,7 @@ import pytest
 from iha_jax.config import ConfigError
 from iha_jax.parallel import start
 from iha_jax.parallel.mesh import axis_sizes
-from tests.several import Processes, free_port, prepare_texts, run, train_command
+from tests.several import Processes, free_port, metrics, prepare_texts, run, train_command
 from tests.tiny import tiny
 
 
@@ -124,17 +124,13 @@ def test_each_process_places_its_own_rows(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_refuses_ends_all_of_them(data, tmp_path):
-    command = ["-m", "tests.troubled_run", "refuses", *train_command(tmp_path / "run", data)[1:]]
+    command = ["-m", "tests.troubled_run", '{"refuses": true}', *train_command(tmp_path / "run", data)[1:]]
     codes, texts = run(command, 2, output=tmp_path)
     assert codes == [2, 2]
     for text in texts:
         assert "refused: process 1 (" in text
         assert "the disk of this host is not there" in text
     assert not (tmp_path / "run").exists()
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_same_run(workdir, expected):
@@ -191,22 +187,17 @@ def test_a_signal_to_one_process_saves_one_step_in_all(data, tmp_path):
     def stop(number, which, after):
         output = tmp_path / f"stop_{which}"
         with Processes(train_command(workdir, data, **long), 2, output=output) as processes:
-            processes.wait_for(lambda: len(metrics_so_far(workdir)) > after)
+            processes.wait_for(lambda: len(metrics(workdir)) > after)
             processes.processes[which].send_signal(number)
             assert processes.wait() == [75, 75], processes.texts()
             saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
             assert metrics(workdir)[-1]["step"] == saved < 600
-            assert f"preempted: saved step {saved};" in processes.texts()[0]
+            assert f"preempted: step {saved} is saved;" in processes.texts()[0]
         return saved
 
     first = stop(signal.SIGTERM, 1, after=5)
     second = stop(signal.SIGINT, 0, after=first + 5)  # the same command has gone on where it was stopped
     assert [row["step"] for row in metrics(workdir) if row["split"] == "train"] == list(range(1, second + 1))
-
-
-def metrics_so_far(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 @pytest.mark.slow
@@ -215,11 +206,11 @@ def test_no_process_outlives_another_by_long(data, tmp_path, trouble):
     long = dict(steps=100_000, eval_every=100_000, checkpoint_every=100_000)
     command = train_command(tmp_path / "run", data, **long)
     if trouble == "raises":
-        command = ["-m", "tests.troubled_run", trouble, *command[1:]]
+        command = ["-m", "tests.troubled_run", '{"raises": 4}', *command[1:]]
     with Processes(command, 2, output=tmp_path) as processes:
         survivor, troubled = processes.processes
         if trouble == "is killed":
-            processes.wait_for(lambda: len(metrics_so_far(tmp_path / "run")) > 3)
+            processes.wait_for(lambda: len(metrics(tmp_path / "run")) > 3)
             troubled.kill()
         assert troubled.wait(600) != 0
         assert survivor.wait(10) != 0

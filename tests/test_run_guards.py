@@ -33,13 +33,16 @@ def test_skipped_steps_are_counted_and_a_row_of_them_ends_the_run():
 
 
 def test_a_spike_is_a_loss_far_above_the_median_and_never_nan():
-    detector = SpikeDetector(threshold=1.0)
+    detector = SpikeDetector(1.0, [])
     for step in range(1, 30):
         detector.observe(step, 3.0 + 0.01 * step if step % 7 else float("nan"))
     detector.observe(30, 4.0)
     with pytest.raises(LossSpike, match=r"loss 4\.5000 at step 31"):
         detector.observe(31, 4.5)
-    off = SpikeDetector(threshold=0.0)
+    with pytest.raises(LossSpike):
+        SpikeDetector(1.0, [3.0, None] * 16).observe(33, 4.5)  # what was logged before a restart counts
+    SpikeDetector(1.0, [3.0] * 15).observe(16, 4.5)  # too few
+    off = SpikeDetector(0.0, [])
     for step, loss in enumerate([1.0] * 40 + [1e9], 1):
         off.observe(step, loss)
 

@@ -5,6 +5,7 @@ one object, and a set of files counts as complete when its metadata file, writte
 """
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
@@ -22,6 +23,7 @@ for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
 PERMANENT = (PermissionError, FileNotFoundError, IsADirectoryError, ImportError)  # trying again would not help
+LARGEST_JSON = 64 * 2**20  # bytes; a larger file of metadata was not written here
 SCRATCH = ".incomplete"  # half-written files of a local directory, under their host's name and process's id
 
 
@@ -76,6 +78,19 @@ def write_text(path: epath.Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     with writing(path) as scratch:
         Path(scratch).write_text(text, encoding="utf-8")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a small file. Raises ValueError, naming the file, when something else is in it."""
+    if path.stat().length > LARGEST_JSON:
+        raise ValueError(f"{path}: larger than {LARGEST_JSON} bytes")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return content
 
 
 def send(file: epath.PathLike, path: epath.Path, *, attempts: int = 4, seconds: float = 1.0) -> None:

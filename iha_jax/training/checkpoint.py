@@ -5,25 +5,28 @@ to remember, and a digest of it all) and `manifest.json`, written last. Which st
 never of anyone's memory.
 """
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from typing import Any, NoReturn, Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar, cast
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from iha_jax.data.storage import absolute, is_local
+from iha_jax.data.storage import absolute, is_local, read_json
 from iha_jax.parallel.processes import is_first, of_all, of_first
 from iha_jax.training.fingerprint import inspect
 from iha_jax.training.manifest import FILE as MANIFEST
-from iha_jax.training.manifest import LARGEST_JSON, damage, write_manifest
+from iha_jax.training.manifest import damage, write_manifest
 
+T = TypeVar("T")
 FORMAT = 2
 QUARANTINE = "quarantine"
 _FORMAT_1 = frozenset({"tokens", "seconds", "corpus_digest", "tokenizer_digest", "rows_digest"})
+SECONDS_TO_WRITE = 600  # of several processes: a save for which one waits longer than this for another has failed
 _READ_AT_ONCE = 2**28  # elements of a state read back together when a checkpoint is verified
 
 
@@ -70,6 +73,7 @@ class Checkpointer:
             max_to_keep=None,  # what is deleted is decided by `saves.py`, from the directory
             cleanup_tmp_directories=self._writable,
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SECONDS_TO_WRITE),
             create=self._writable,
             save_root_metadata=False,  # there is none, and Orbax would wait for all processes to not write it
         )
@@ -126,9 +130,8 @@ class Checkpointer:
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            problem = _first_line(error)
-        if problems := [text for text in of_all(problem) if text]:
-            self._give_up(problems[0])
+            problem = _cause(error)
+        self._give_up_if(problem)
 
     def saving(self) -> bool:
         """Whether a save has begun and its writing goes on, in any process."""
@@ -148,14 +151,17 @@ class Checkpointer:
             if is_first():
                 write_manifest(self.path(step))
         except Exception as error:
-            problem = _first_line(error)
-        if problems := [text for text in of_all(problem) if text]:
-            self._give_up(problems[0])
+            problem = _cause(error)
+        self._give_up_if(problem)
         self._saving = None
         return step
 
-    def _give_up(self, problem: str) -> NoReturn:
-        """After a failure the manager's memory is wrong (it lists steps that are not there): a new one is opened."""
+    def _give_up_if(self, problem: str | None) -> None:
+        """After a failure in any process the managers' memory is wrong (they list steps that are not there): new ones
+        are opened, and SaveFailed is raised in all processes."""
+        problems = list(dict.fromkeys(text for text in of_all(problem) if text))
+        if not problems:
+            return
         step, self._saving = self._saving, None
         try:
             free = f"{shutil.disk_usage(self._directory).free / 2**20:,.0f} MiB are free there"
@@ -165,7 +171,7 @@ class Checkpointer:
             self.path(step).rmtree()
         self._manager.close()
         self._manager = self._open()  # removes what the failed save has left
-        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {problem}")
+        raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {'; '.join(problems)}")
 
     def restore(self, abstract_state: Any, step: int) -> Any:
         """The state of `step`, shaped, typed and sharded as `abstract_state` says, every array equal to what was saved.
@@ -217,6 +223,11 @@ class Checkpointer:
         self._manager.reload()
         return target
 
+    def quarantined(self) -> list[str]:
+        """The names of the checkpoints in quarantine, as process 0 finds them."""
+        folder = self._directory.parent / QUARANTINE
+        return of_first(sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else [])
+
     def delete(self, step: int) -> None:
         if is_first():
             self.path(step).rmtree()
@@ -248,15 +259,14 @@ class Checkpointer:
         Where a kill came between the last file and the manifest, the fingerprints alone decide.
         """
         path = self.path(step)
-        listed = damage(path, part=jax.process_index(), parts=jax.process_count()) if self.has_manifest(step) else []
-        content, problem = None, "; ".join(listed[:5])
-        try:
-            content = None if problem else _load_json(path / "metadata" / "metadata")
-        except (OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problems := list(dict.fromkeys(text for text in of_all(problem) if text)):
-            raise CheckpointCorrupt(f"checkpoint {path}: {'; '.join(problems)}")
-        assert content is not None
+        listed = damage(path, part=jax.process_index(), parts=jax.process_count())
+
+        def described() -> dict[str, Any]:
+            if listed:
+                raise ValueError("; ".join(listed[:5]))
+            return read_json(path / "metadata" / "metadata")
+
+        content = self._whole(described, step)
         if content.keys() == _FORMAT_1 and not self.has_manifest(step):
             return None, content
         if content.pop("sha256", None) != _digest(content):
@@ -276,23 +286,32 @@ class Checkpointer:
             write_manifest(self.path(step))
 
     def _stored(self, step: int) -> dict[str, Any]:
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                found = reader.metadata(self.path(step) / "state")
-            tree = getattr(found, "item_metadata", found)
+        def read() -> dict[str, Any]:
+            tree = ocp.PyTreeCheckpointHandler().metadata(self.path(step) / "state")
             return dict(getattr(tree, "tree", tree))
-        except Exception as error:
-            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its list of arrays is unreadable") from error
+
+        return self._whole(read, step, "its list of arrays is unreadable: ")
 
     def _read(self, wanted: dict[str, Any], step: int) -> dict[str, Any]:
         arguments = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
+        # The handler alone: Orbax's Checkpointer waits for all processes after reading, also for one that has failed.
+        handler = ocp.PyTreeCheckpointHandler()
+        read = functools.partial(handler.restore, self.path(step) / "state", args=arguments)
+        return self._whole(read, step, "its arrays are unreadable: ")
+
+    def _whole(self, read: Callable[[], T], step: int, prefix: str = "") -> T:
+        """`read()`, when it succeeds in every process; else CheckpointCorrupt in every one: each may read other files,
+        and none must go on to wait for one that has failed."""
+        found, problem = None, None
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                return reader.restore(self.path(step) / "state", args=arguments)
+            found = read()
         except Exception as error:
-            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: its arrays are unreadable: {error}") from error
+            problem = f"{prefix}{_first_line(error)}"
+        if problems := list(dict.fromkeys(text for text in of_all(problem) if text)):
+            raise CheckpointCorrupt(f"checkpoint {self.path(step)}: {'; '.join(problems)}")
+        return cast(T, found)
 
     def _compare_prints(self, arrays: dict[str, Any], expected: dict[str, int] | None, step: int) -> None:
         """Fingerprints are sums over all devices: every process finds the same and raises, or none does."""
@@ -322,16 +341,14 @@ class Checkpointer:
             raise CheckpointMismatch(f"checkpoint {self.path(step)} does not fit:\n{listed}")
 
 
-def _load_json(file: epath.Path) -> dict[str, Any]:
-    if file.stat().length > LARGEST_JSON:
-        raise ValueError(f"{file}: larger than {LARGEST_JSON} bytes")
-    content = json.loads(file.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: holds no JSON object")
-    return content
+def _cause(error: BaseException) -> str:
+    """What went wrong first; Orbax's threads raise later errors, such as having waited in vain, on top of it."""
+    while error.__cause__ or error.__context__:
+        error = cast(BaseException, error.__cause__ or error.__context__)
+    return _first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

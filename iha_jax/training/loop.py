@@ -140,7 +140,7 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
         # --- The pieces beside the loop, and what they share.
         meter = Meter(config, mesh, carried, clock)
         guard = Guard(training.max_skipped_steps, int(carried.get("skipped_steps", 0)), checkpoints.latest_step)
-        spikes = SpikeDetector(training.spike_threshold)
+        spikes = SpikeDetector(training.spike_threshold, writer.training_losses())
         policy: Any = dict(every=training.checkpoint_every, keep=training.keep_checkpoints)
         saves = Saves(checkpoints, **policy, verified=start_step or None, tell=progress.message)
         batches = batches_without_gaps(start_step, read_rollbacks(run.path), _batches_from(job))

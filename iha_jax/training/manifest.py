@@ -12,10 +12,9 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from iha_jax.data.storage import files_under, is_local, write_text
+from iha_jax.data.storage import LARGEST_JSON, files_under, is_local, read_json, write_text
 
 FILE = "manifest.json"
-LARGEST_JSON = 64 * 2**20  # bytes; a manifest or metadata file larger than this was not written here
 
 
 def write_manifest(directory: epath.Path) -> None:
@@ -30,19 +29,32 @@ def write_manifest(directory: epath.Path) -> None:
     write_text(directory / FILE, json.dumps(files, indent=0, sort_keys=True))
 
 
+def foreign(directory: epath.Path) -> list[str]:
+    """What was never written here, whatever a manifest says of it: links, and huge files beside those of arrays (`d/`).
+
+    To be asked before anything of a checkpoint is read.
+    """
+    problems = [f"{os.fspath(path)}: is a link; links are not followed" for path in _links(directory)]
+    return problems or [
+        f"{name}: larger than {LARGEST_JSON} bytes"
+        for name, (size, _) in files_under(directory).items()
+        if size > LARGEST_JSON and "d" not in name.split("/")
+    ]
+
+
 def damage(directory: epath.Path, *, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with the files of a checkpoint, empty when nothing is. Never raises for what it finds.
 
+    Without a manifest only what is `foreign`.
     Checksums are computed of every `parts`-th file, from number `part` on; names, sizes and links are checked of all.
     """
     try:
-        linked = [os.fspath(path) for path in _links(directory)]
-        if linked:
-            return [f"{path}: is a link; links are not followed" for path in linked]
-        if (directory / FILE).stat().length > LARGEST_JSON:
-            return [f"{FILE}: larger than {LARGEST_JSON} bytes"]
-        expected = json.loads((directory / FILE).read_text())
-        if not isinstance(expected, dict) or not expected:
+        if problems := foreign(directory):
+            return problems
+        if not (directory / FILE).exists():  # a kill came between the last file and the manifest
+            return []
+        expected = read_json(directory / FILE)
+        if not expected:
             return [f"{FILE}: lists no files"]
         names = _names(directory)
         problems = [f"{name}: missing" for name in sorted(expected.keys() - names)]

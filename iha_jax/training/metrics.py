@@ -95,6 +95,10 @@ class MetricsWriter:
         if self._active:
             self._staging.flush()
 
+    def training_losses(self) -> list[float | None]:
+        """The losses of all `train` rows as process 0 has them, rows of before a resume included; None: not finite."""
+        return of_first([row["loss"] for row in self._rows if row["split"] == "train"])
+
     def has_validation(self, step: int) -> bool:
         """Whether process 0 has the `val` row of a step, rows of before a resume included."""
         return of_first(any(row["split"] == "val" and row["step"] == step for row in self._rows))

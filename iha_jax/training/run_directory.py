@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from iha_jax.config import Config, ConfigError, as_dict, resolve
-from iha_jax.data.storage import check_library, is_local, tidy, write_text
+from iha_jax.data.storage import check_library, is_local, read_json, tidy, write_text
 from iha_jax.parallel.processes import agree, is_first
 
 CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
@@ -100,7 +100,7 @@ def check_run(workdir: str, config: Config) -> None:
 def check_data(workdir: str, digests: dict[str, str]) -> None:
     """Raises DataMismatch when corpus, tokenizer or packed rows are not those the run in `workdir` was started on."""
     path = epath.Path(workdir) / PROVENANCE
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     changed = [
         f"  - {name}: {before[name]} in the run, {digest} now"
         for name, digest in digests.items()
@@ -124,7 +124,7 @@ def open_run(
 
     def record() -> None:
         provenance_path = run.path / PROVENANCE
-        before = json.loads(provenance_path.read_text()) if provenance_path.exists() else {"runs": []}
+        before = read_json(provenance_path) if provenance_path.exists() else {"runs": []}
         run.path.mkdir(parents=True, exist_ok=True)
         if not (run.path / CONFIG).exists():
             _write(run.path / CONFIG, as_dict(config))
@@ -167,7 +167,7 @@ def _code_digest() -> str:
 def note_start(run: RunDirectory, facts: dict[str, Any]) -> None:
     """Adds facts that are known only now to what this start noted in `provenance.json`."""
     if is_first():
-        provenance = json.loads((run.path / PROVENANCE).read_text())
+        provenance = read_json(run.path / PROVENANCE)
         provenance["runs"][-1] |= facts
         _write(run.path / PROVENANCE, provenance)
 
@@ -178,15 +178,14 @@ def load_run_config(workdir: str) -> Config:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise RunDirectoryError(f"{workdir}: is not a run directory (no {CONFIG})")
+    values = read_json(path)
     try:
-        return resolve(_with_younger_fields(json.loads(path.read_text())))
-    except (ConfigError, json.JSONDecodeError) as error:
+        return resolve(_with_younger_fields(values))
+    except ConfigError as error:
         raise RunDirectoryError(f"{path}: {error}") from error
 
 
-def _with_younger_fields(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
+def _with_younger_fields(values: dict[str, Any]) -> dict[str, Any]:
     sections = {name: values[name] for name in _YOUNGER if isinstance(values.get(name), dict)}
     return values | {name: _YOUNGER[name] | section for name, section in sections.items()}
 

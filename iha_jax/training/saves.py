@@ -48,17 +48,17 @@ class Saves:
     def finish(self, step: int, state: Any, metadata: Metadata) -> None:
         """Returns when the state of `step` is on disk and was read back and found right. Raises SaveFailed."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        while True:
+        for earlier in range(ATTEMPTS):  # the last of them raises
             self.wait(step, state, metadata)
             try:
                 self._checkpoints.verify(like, step)
+                break
             except CheckpointCorrupt as error:
                 self._checkpoints.quarantine(step, str(error))
+                self._failures = earlier  # written it was, which counts as a success
                 self._failed(SaveFailed(f"what was saved is not what is read back: {error}"))
-                continue
-            self._verified = step
-            self._delete_old()
-            return
+        self._verified = step
+        self._delete_old()
 
     def _confirm(self) -> None:
         def confirm() -> None:

@@ -41,9 +41,10 @@ class LossSpike(RuntimeError):  # noqa: N818  it is what happened
 class SpikeDetector:
     """`observe` raises LossSpike for a loss more than `threshold` nats above the median of the last 64. 0: never."""
 
-    def __init__(self, threshold: float):
+    def __init__(self, threshold: float, earlier: list[float | None]):
+        """`earlier`: the logged losses up to now, so that a restart finds the same spikes; None: not finite."""
         self._threshold = threshold
-        self._recent: deque[float] = deque(maxlen=_HISTORY)
+        self._recent = deque((loss for loss in earlier if loss is not None), maxlen=_HISTORY)
 
     def observe(self, step: int, loss: float) -> None:
         """A loss that is not finite is not a spike (the step was skipped), and no measure for others either."""

@@ -47,12 +47,11 @@ def starting_state(
     new state is `initial_state`, its parameters replaced by `training.init_from`'s where that is set.
 
     Raises:
-      CheckpointCorrupt: when there are checkpoints and none is sound: nothing is trained anew over them.
+      CheckpointCorrupt: when there are or were checkpoints and none is sound: nothing is trained anew over them.
       CheckpointMismatch: when the newest sound one is of another model or optimizer.
     """
     like = abstract_state(config, optimizer, mesh)
-    steps = checkpoints.common_steps()
-    for step in reversed(steps):
+    for step in reversed(checkpoints.common_steps()):
         try:
             state = checkpoints.restore(like, step)
         except CheckpointCorrupt as error:
@@ -60,10 +59,10 @@ def starting_state(
             continue
         checkpoints.adopt(step)
         return state, checkpoints.metadata(step)
-    if steps:
+    if moved := checkpoints.quarantined():  # now or at an earlier start
         raise CheckpointCorrupt(
-            f"none of the checkpoints of steps {', '.join(map(str, steps))} is sound; they were moved to quarantine/. "
-            f"To train from the beginning use another workdir"
+            f"no checkpoint is left that is sound; quarantine/ beside them has {', '.join(moved)}. To train from the "
+            f"beginning use another workdir"
         )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     state = jax.jit(lambda: initial_state(config, optimizer), out_shardings=shardings)()  # never whole on one device

@@ -16,6 +16,7 @@ from iha_jax.parallel.processes import is_first
 FILE = "wall_time.json"
 START = "start"  # imports, data, devices
 RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE = "restore", "compile", "productive", "evaluate", "save"
+_GROWTH = 0.02  # of an attempt: what a kill may hide of it
 LOST = "lost"  # what earlier attempts did and the restored checkpoint does not hold
 CATEGORIES: tuple[str, ...] = (START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SAVE, LOST)
 
@@ -23,8 +24,9 @@ CATEGORIES: tuple[str, ...] = (START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SA
 class TimeAccount:
     """Every moment since the process began belongs to one category, the one last `enter`ed: they add up to wall time.
 
-    `wall_time.json` in the run directory says how long all attempts have run so far, written by process 0 every second
-    (every minute in a bucket): so the next attempt knows what a killed one has cost.
+    `wall_time.json` in the run directory says how long all attempts have run so far, written by process 0 at once and
+    then whenever an attempt has grown by 2 % (in a bucket no more than once a minute): so the next attempt knows what a
+    killed one has cost.
     """
 
     def __init__(self, directory: epath.Path, began: float):
@@ -34,7 +36,7 @@ class TimeAccount:
         self._earlier = self._read()
         self._category, self._since, self._began = START, began, began
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._every = 1.0 if is_local(directory) else 60.0
+        self._least = 0.1 if is_local(directory) else 60.0  # seconds between two writes
         self._writer = threading.Thread(target=self._keep_writing, daemon=True)
 
     def carry(self, metadata: Mapping[str, Any]) -> None:
@@ -90,7 +92,8 @@ class TimeAccount:
             return 0.0
 
     def _keep_writing(self) -> None:
-        while not self._stop.wait(self._every):
+        self._write()
+        while not self._stop.wait(max(self._least, _GROWTH * (time.monotonic() - self._began))):
             self._write()
 
     def _write(self) -> None:
