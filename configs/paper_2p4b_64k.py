@@ -8,7 +8,8 @@ Arms and sizes are those of configs/paper_2p4b.py; `init_from` is a run of the s
 context: RoPE has none, and IHA's window stays the 10 tokens that 8 192 gave it. The paper states the length and nothing
 else: steps, learning rate and batch are ours, and so is leaving RoPE's theta at 500 000.
 
-Hardware: 128 v5p chips (`v5p:4x4x8`) as it is: 32 rows, each over 4 chips by tokens. It has not been run; what `python -m iha_jax.plan` says of it is in docs/plans/README.md.
+Hardware: 128 v5p chips (`v5p:4x4x8`) as it is: 32 rows, each over 4 chips by tokens. It has not been run; what
+`python -m iha_jax.plan` says of it is in docs/plans/README.md.
 """
 
 from ml_collections import ConfigDict
