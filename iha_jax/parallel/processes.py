@@ -22,6 +22,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
+from iha_jax.parallel.alive import hold
+
 T = TypeVar("T")
 _FAILED = "iha_jax/failed/"
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_LOOKS = 60, 1.0
@@ -81,8 +83,15 @@ def begin() -> None:
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(_company, stop), daemon=True)
     watcher.start()
-    atexit.register(lambda: (stop.set(), watcher.join()))
     _company.hosts = _company.conclude(socket.gethostname(), lambda names: names)
+
+    def lost(index: int) -> None:
+        if not stop.wait(2 * _SECONDS_BETWEEN_LOOKS):  # if it said why before it ended, the watcher tells that
+            _leave(f"{_company.name(index)} is gone without a word")
+
+    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    goodbye = hold(state.client, state.process_id, host, lost)
+    atexit.register(lambda: (stop.set(), goodbye(), watcher.join()))
 
 
 def agree(function: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] | None = None) -> T:
@@ -184,7 +193,14 @@ def _fail(kind: type[BaseException], error: BaseException, trace: Any) -> NoRetu
     """The excepthook: an ordinary exit would wait for the other processes, and they for this one."""
     sys.__excepthook__(kind, error, trace)
     assert _company is not None
-    text = f"{_company.name(_company.index)}: {kind.__name__}: {error}"
+    _leave(f"{_company.name(_company.index)}: {kind.__name__}: {error}", quiet=True)
+
+
+def _leave(text: str, quiet: bool = False) -> NoReturn:
+    """Ends this process, and through `_watch` all others, which print `text`."""
+    assert _company is not None
+    if not quiet:
+        print(f"ended, because another process failed: {text}", file=sys.stderr, flush=True)
     # In a thread: where process 0 is gone, setting a key can take minutes.
     thread = threading.Thread(target=_publish_failure, args=(_company.store, text), daemon=True)
     thread.start()

@@ -169,6 +169,7 @@ class Checkpointer:
             free = "its free space is unknown"
         if is_first() and step is not None and self.path(step).exists():
             self.path(step).rmtree()
+        of_first(None)  # nobody lists the steps while one is being deleted
         self._manager.close()
         self._manager = self._open()  # removes what the failed save has left
         raise SaveFailed(f"saving step {step} into {self._directory} failed ({free}): {'; '.join(problems)}")
@@ -229,9 +230,9 @@ class Checkpointer:
         return of_first(sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else [])
 
     def delete(self, step: int) -> None:
-        if is_first():
+        """For good; `step` must not be saved again."""
+        if is_first():  # the others may find it half gone: nobody reads the directory for it
             self.path(step).rmtree()
-        self._manager.reload()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state of `step`. Raises CheckpointCorrupt."""

@@ -111,8 +111,8 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
         jax.set_mesh(mesh),
         Preemption() as preemption,
         Programs() as programs,
-        TimeAccount(run.path, began) as clock,
         Watchdog(training.watchdog_seconds) as watchdog,
+        TimeAccount(run.path, began, watchdog.beat) as clock,
         Checkpointer(run.checkpoints, writable=True) as checkpoints,
         contextlib.ExitStack() as opened,
     ):
@@ -130,7 +130,6 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
 
         # --- Compile before the clock of training starts.
         clock.enter(COMPILE)
-        watchdog.beat()
         compiling = time.perf_counter()
         train_step = lower_train_step(config, optimizer, state, mesh).compile()
         validate = Validation(config, corpus, mesh, watchdog.beat)
@@ -166,7 +165,6 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
         while step < training.steps and not preempted:
             step += 1
             meter.start()
-            watchdog.beat()
             with profile.step(step):
                 state, metrics = train_step(state, place_batch(next(batches), mesh, training.batch_size))
             meter.count(metrics)
@@ -195,7 +193,7 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
             saved = f"step {step} is saved; " if step else ""
             progress.message(f"preempted: {saved}the same command goes on from there")
             return PREEMPTED
-        watchdog.beat()
+        clock.enter(SAVE)
         saves.finish(step, state, settled)
         if not writer.has_validation(step):
             evaluate(step)

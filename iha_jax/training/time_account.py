@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from etils import epath
@@ -29,12 +29,14 @@ class TimeAccount:
     killed one has cost.
     """
 
-    def __init__(self, directory: epath.Path, began: float):
-        """`began`: when this attempt did, of `time.monotonic()`; `process_start()` for the first of a process."""
+    def __init__(self, directory: epath.Path, began: float, on_enter: Callable[[], None] = lambda: None):
+        """`began`: when this attempt did, of `time.monotonic()`; `process_start()` for the first of a process.
+        `on_enter`: called whenever another category begins, as a watchdog wants to be."""
         self._file = directory / FILE
         self._spent = dict.fromkeys(CATEGORIES, 0.0)
         self._earlier = self._read()
         self._category, self._since, self._began = START, began, began
+        self._on_enter = on_enter
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._least = 0.1 if is_local(directory) else 60.0  # seconds between two writes
         self._writer = threading.Thread(target=self._keep_writing, daemon=True)
@@ -65,6 +67,7 @@ class TimeAccount:
             now = time.monotonic()
             self._spent[self._category] += now - self._since
             self._category, self._since = category, now
+        self._on_enter()
 
     @property
     def productive(self) -> float:
