@@ -265,3 +265,10 @@ def test_committed_plans_fit_and_have_every_key():
         assert set(KEYS) <= set(found["bytes_per_device"]), name
     iha, mha = (plans[f"v5p_4x4x8_{arm}"]["bytes_per_device"]["total"] for arm in ("iha", "global"))
     assert iha <= 1.05 * mha
+
+
+def test_collectives_written_out_in_shard_map_are_told_apart_though_all_have_channel_1():
+    line = next(line for line in PROGRAM.splitlines() if "channel_id=1," in line)
+    before = collectives(PROGRAM, 8)
+    after = collectives(PROGRAM.replace(line, line + "\n" + line.replace("%gathered", "%gathered.2")), 8)
+    assert len(after) == len(before) + 1

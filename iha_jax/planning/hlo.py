@@ -117,7 +117,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """Every collective of an optimized module for `devices` devices, the slowest to run first.
 
     TPU's compiler spreads one over the operations beside it: a first piece, many between, some in loops of their own,
-    and a last. All pieces have one channel, and the collective runs as often as the rarest of them.
+    and a last. All pieces have one channel, and the collective runs as often as the rarest of them. Channel 1 says
+    nothing: JAX gives it to every collective that is written out inside `shard_map`.
     """
     computations, entry = parse(text)
     times = times_run(computations, entry)
@@ -128,7 +129,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if collective is None:
                 continue
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = f"{collective.kind} {channel[1]}" if channel else instruction.name
+            key = f"{collective.kind} {channel[1]}" if channel and channel[1] != "1" else instruction.name
             if key not in found or count < found[key].times:
                 found[key] = collective
     return sorted(found.values(), key=lambda one: -one.times * one.result_bytes)
