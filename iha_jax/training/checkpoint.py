@@ -288,7 +288,7 @@ class Checkpointer:
 
     def _stored(self, step: int) -> dict[str, Any]:
         def read() -> dict[str, Any]:
-            tree = ocp.PyTreeCheckpointHandler().metadata(self.path(step) / "state")
+            tree: Any = ocp.PyTreeCheckpointHandler().metadata(self.path(step) / "state")
             return dict(getattr(tree, "tree", tree))
 
         return self._whole(read, step, "its list of arrays is unreadable: ")
