@@ -4,7 +4,7 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from iha_jax.parallel import mesh as meshes
 from iha_jax.parallel.start import Place, connect
@@ -12,11 +12,7 @@ from iha_jax.parallel.start import Place, connect
 B, N = 8, 6
 
 
-def check(mesh, expected_rows, over_tokens=None):
-    def sharding(mesh):
-        return NamedSharding(mesh, PartitionSpec(meshes.BATCH, over_tokens))
-
-    meshes.batch_sharding = sharding
+def check(mesh, expected_rows):
     whole = np.arange(B * N).reshape(B, N)
     rows = meshes.local_rows(mesh, B)
     assert rows == expected_rows[jax.process_index()], rows
@@ -36,9 +32,9 @@ if __name__ == "__main__":
     def mesh(devices, *shape):
         return Mesh(np.array(devices).reshape(shape), meshes.AXES)
 
-    check(mesh([a, b, c, d], 4, 1, 1), [[0, 1, 2, 3], [4, 5, 6, 7]])
-    check(mesh([c, a, d, b], 2, 2, 1), [[2, 3, 6, 7], [0, 1, 4, 5]])  # a process's rows lie apart
-    check(mesh([a, c, b, d], 1, 2, 2), [list(range(8))] * 2)  # two processes hold the same rows
-    check(mesh([a, c, d, b], 2, 1, 2), [list(range(8))] * 2, over_tokens="tensor")  # other tokens of the same rows
-    check(mesh([a, b, c, d], 2, 1, 2), [[0, 1, 2, 3], [4, 5, 6, 7]], over_tokens="tensor")
+    check(mesh([a, b, c, d], 4, 1, 1, 1), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    check(mesh([c, a, d, b], 2, 2, 1, 1), [[2, 3, 6, 7], [0, 1, 4, 5]])  # a process's rows lie apart
+    check(mesh([a, c, b, d], 1, 2, 1, 2), [list(range(8))] * 2)  # two processes hold the same rows
+    check(mesh([a, c, d, b], 2, 1, 2, 1), [list(range(8))] * 2)  # other tokens of the same rows
+    check(mesh([a, b, c, d], 2, 1, 2, 1), [[0, 1, 2, 3], [4, 5, 6, 7]])
     print("placed")
