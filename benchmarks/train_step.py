@@ -242,7 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=257)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "full", "dots", "dots_no_batch"), default="none")
+    parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
     parser.add_argument("--segments", action="store_true", help="rows of two documents that do not see each other")
     add_common(parser)
     given = parser.parse_args(arguments)

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     # their one block-wise form, unless this is "reference".
     model.implementation = "auto"  # auto | reference | blockwise | cudnn (GPU) | splash (TPU)
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, softmax, norms and loss stay float32
-    model.remat = "none"  # none | full | dots | dots_no_batch: what the backward pass recomputes
+    model.remat = "none"  # none | full | dots (all but products with weights): what the backward pass recomputes
     model.scan_layers = True  # False: a Python loop over layers, slower to compile, easier to debug
 
     model.iha = iha = ConfigDict()
@@ -91,9 +91,7 @@ def get_config() -> ConfigDict:
     training.checkpoint_every = 100
     training.keep_checkpoints = 2  # newest ones; the last that was read back and found right stays beside them
     training.max_skipped_steps = 10  # steps in a row with a loss or gradient that is not finite, before the run ends
-    training.spike_threshold = (
-        0.0  # nats above the recent median loss that make a run go back and leave data out; 0: off
-    )
+    training.spike_threshold = 0.0  # nats above the recent median loss: go back, leave data out; 0: never
     training.max_rollbacks = 3
     training.watchdog_seconds = 1800.0  # a step that takes longer ends the process, stacks printed; 0: never
     training.init_from = ""  # run directory whose parameters to start from (for IHA: a trained MHA)

@@ -18,7 +18,17 @@ The arms differ in the lines of `get_config` that name them and nowhere else:
 
 `simplicial` is not in the paper's language-model table; its second key and value projections make it 3.3 % larger than
 the others. P of the paper's run is not stated; a reader with its sources says 20. Hardware in the paper: 128 H200; this
-file has not been run at full size.
+file has not been run at full size. A step has 128 rows, one for each chip of the first and third machine:
+
+| machine                | add                        | rows a device       |
+|------------------------|----------------------------|---------------------|
+| v5p-256, `v5p:4x4x8`   | nothing                    | 1                   |
+| v5e-256, `v5e:16x16`   | `--config.mesh.tensor=2`   | 1 over two chips    |
+| 16 x 8 H100            | nothing                    | 1                   |
+| two of `v5p:4x4x4`     | `--config.mesh.data=2`     | 1                   |
+
+What `python -m iha_jax.plan --config=configs/paper_2p4b.py:iha --topology=v5p:4x4x8` and the like say of memory and
+time is in docs/plans/README.md.
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +50,7 @@ def get_config(arm: str = "iha") -> ConfigDict:
     model.mlp_width = 10_240
     model.rope_theta = 500_000.0
     model.compute_dtype = "bfloat16"
-    model.remat = "full"
+    model.remat = "dots"
     model.iha.pseudo_heads = 20
     if arm == "iha":
         model.layer_pattern = ("iha_local",) * 4 + ("mha",)  # window max(1, 8192 // (2 * 20**2)) = 10 tokens

@@ -24,6 +24,7 @@ _PEAK = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,  # jax counts each of a chip's two cores as a device
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,

@@ -26,7 +26,7 @@ LAYER_KINDS = (
 )
 IHA_KINDS = ("iha", "iha_local")
 SIMPLICIAL_KINDS = ("simplicial", "simplicial_local")
-REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch")
+REMAT_POLICIES = ("none", "full", "dots")
 
 
 class ConfigError(ValueError):

@@ -15,16 +15,15 @@ from jax.sharding import Mesh
 from iha_jax.parallel.mesh import AXES
 from tests.test_attention_contract import D, error, make_layer
 
-N = 15  # 5 tokens on each of 3 devices
-SEGMENTS = [[5] * 7 + [2] * 6 + [0] * 2, [1] * 3 + [2] * 4 + [3] * 8]
+SEGMENTS = [[5] * 7 + [2] * 6 + [0] * 5, [1] * 3 + [2] * 4 + [3] * 11]
 
 
-def largest_error(kind, *, segments, tensor=1, context=3, **settings):
-    x, weights = (jax.random.normal(jax.random.key(seed), (2, N, D)) for seed in (0, 1))
-    ids = jnp.asarray(SEGMENTS) if segments else None
+def largest_error(kind, *, segments, tensor=1, context=3, tokens=15, **settings):
+    x, weights = (jax.random.normal(jax.random.key(seed), (2, tokens, D)) for seed in (0, 1))
+    ids = jnp.asarray(SEGMENTS)[:, :tokens] if segments else None
 
     def run(implementation, mesh):
-        apply, parameters = make_layer(kind, implementation=implementation, model__context_length=N, **settings)
+        apply, parameters = make_layer(kind, implementation=implementation, model__context_length=tokens, **settings)
 
         def loss(p, x):
             out = apply(p, x, ids)

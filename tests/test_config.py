@@ -1,12 +1,15 @@
 """Configs: every bad value is refused with a message that names it, all at once; files and overrides are read right."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
 from configs import base
+from iha_jax.accounting import count_parameters
 from iha_jax.config import ConfigError, as_dict, default_iha_window, resolve
-from iha_jax.config_file import load_config
+from iha_jax.config_file import load_config, load_module
 
 
 def changed(**changes):
@@ -149,3 +152,21 @@ def test_unknown_files_and_arms(spec, message):
     with pytest.raises(ConfigError) as error:
         load_config(spec)
     assert message in str(error.value).replace("\n", " ")
+
+
+def every_config():
+    for path in sorted(Path("configs").glob("*.py")):
+        for arm in getattr(load_module(str(path)), "ARMS", ("",)):
+            yield f"{path}:{arm}".rstrip(":")
+
+
+@pytest.mark.parametrize("spec", every_config())
+def test_every_config_file_is_valid_and_has_the_size_its_header_says(spec):
+    config = load_config(spec)
+    text = Path(spec.partition(":")[0]).read_text()
+    total = f"{count_parameters(config.model).total:,}".replace(",", " ")
+    stated = re.findall(r"\| (\d[\d ]+?) *\|$", text, flags=re.MULTILINE)
+    assert not stated or total in stated
+    shards = {"configs/paper_2p4b.py": 128, "configs/paper_2p4b_64k.py": 32}.get(spec.partition(":")[0], 1)
+    assert config.training.batch_size // config.training.accumulation % shards == 0
+    assert config.training.eval_batch_size % shards == 0

@@ -12,7 +12,7 @@ import pytest
 TWO = dict(model__num_heads=2, model__num_kv_heads=1)
 CASES = {
     "a window longer than a device's tokens": dict(kind="mha_local", model__window=7, segments=True, **TWO),
-    "IHA's window, heads split too": dict(kind="iha_local", segments=False, tensor=2),
+    "IHA's window, heads split too": dict(kind="iha_local", segments=True, tensor=2, tokens=18),
     "whole rows for a share of the heads": dict(kind="mha", segments=True, **TWO),
 }
 SLOW = {
@@ -21,6 +21,10 @@ SLOW = {
     "key heads repeated and not filled up": dict(kind="mha", segments=False, context=5, model__num_heads=20),
     "global IHA, heads split too": dict(kind="iha", segments=True, tensor=2),
     "global IHA, collapsed per head": dict(kind="iha", causal=False, segments=False, model__iha__collapse="per_head"),
+    "IHA's window, heads split alone": dict(kind="iha_local", segments=False, tensor=2, context=1, tokens=14),
+    "IHA collapsed per head, both neighbors, heads split": dict(
+        kind="iha_local", causal=False, segments=True, tensor=2, context=1, tokens=18, model__iha__collapse="per_head"
+    ),
     "IHA by tokens, both neighbors": dict(
         kind="iha_local", causal=False, segments=True, model__iha__causality="token", model__iha__rope_positions="token"
     ),

@@ -37,7 +37,9 @@ CONTEXT = {"context 8": ONE | dict(context=8), "context 2 x tensor 2 x data 2": 
 @pytest.fixture(scope="module")
 def found():
     single = {"context 8": CONTEXT["context 8"]}
-    return run({"mha": MESHES, "iha": MESHES, "mha_local": single, "iha_local": single})
+    split = {"fsdp 4 x tensor 2": MESHES["fsdp 4 x tensor 2"]}
+    alone = {"mha_local": single, "iha_local": single | {"tensor 4": ONE | dict(tensor=4)}}
+    return run({"mha": MESHES, "iha": MESHES, "iha_global": split} | alone)
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +96,28 @@ def test_fsdp_gathers_weights_and_no_activations(found, arm):
     assert found[f"{arm} fsdp 8"]["held"] < (0.14 if arm == "mha" else 0.21)
 
 
-def test_iha_over_tensor_gathers_heads_once_and_scatters_outputs(found):
+def test_global_iha_over_tensor_gathers_heads_once_and_scatters_outputs(found):
     """Of activations [2 rows, 24 tokens, heads, 4]: q, k and v are gathered, outputs of all heads summed and scattered;
     nothing of P times that size is exchanged. CPU's compiler writes a reduce-scatter as an all-reduce and a slice."""
     largest = 2 * 24 * 8 * 4  # q, or the outputs, of all heads
-    for kind, result in found["iha fsdp 4 x tensor 2"]["collectives"]:
+    for kind, result in found["iha_global fsdp 4 x tensor 2"]["collectives"]:
         for shape in (tuple(map(int, found.split(","))) for found in re.findall(r"\[(\d+,24,[\d,]+)\]", result)):
             assert np.prod(shape) <= largest, (kind, shape)
-    gathered = [result for kind, result in found["iha fsdp 4 x tensor 2"]["collectives"] if kind == "all-gather"]
+    gathered = [result for kind, result in found["iha_global fsdp 4 x tensor 2"]["collectives"] if kind == "all-gather"]
     assert any("[2,24,8,4]" in result for result in gathered)
     assert any("[2,24,4,4]" in result for result in gathered)
-    assert not any("[2,24,8,4]" in r for _, r in found["mha fsdp 4 x tensor 2"]["collectives"])
+
+
+def test_local_iha_over_tensor_swaps_heads_for_tokens_and_gathers_none(found):
+    """4 devices with one key head each get all 4 of 6 tokens, and a halo of 3 tokens from the neighbor."""
+    run = found["iha_local tensor 4"]
+    permuted = [result for kind, result in run["collectives"] if kind == "collective-permute"]
+    assert {abs(source - target) for pairs in run["pairs"] for source, target in pairs} == {1}
+    assert any(re.search(r"f32\[\d+,3,4,4\]", result) for result in permuted)
+    assert swapped(run)
+    hybrid, mha = (found[f"{arm} fsdp 4 x tensor 2"]["collectives"] for arm in ("iha", "mha"))
+    for kind, result in [*run["collectives"], *hybrid, *mha]:
+        assert kind != "all-gather" or not re.search(r"\[\d+,24,\d+,4\]", result), "heads were gathered"
 
 
 @pytest.mark.parametrize("arm", ["mha_local", "iha_local"])

@@ -41,8 +41,13 @@ def test_position_n_depends_on_every_earlier_token_and_no_later_one():
     model, n = bind(config.model, parameters), 11
     tokens = random_tokens(config, batch=1)
 
+    def apply(x, group):
+        for block in group.blocks():
+            x = block(x, None, 1)
+        return x, None
+
     def output(embeddings_BND):
-        x, _ = jax.lax.scan(lambda x, group: (group(x, None, 1), None), embeddings_BND, model.groups)
+        x, _ = jax.lax.scan(apply, embeddings_BND, model.groups)
         return jnp.sum(jnp.sin(model.logits(model.final_norm(x))[0, n]))
 
     gradient = jax.jit(jax.grad(output))(model.embedding[...][tokens])[0]
@@ -93,11 +98,27 @@ def test_scan_equals_loop_and_remat_equals_none():
         return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.square(bind(model_config, p)(tokens)))))(parameters)
 
     expected = value_and_grad()
-    for changes in (dict(scan_layers=False), dict(remat="full")):
+    for changes in (dict(scan_layers=False), dict(remat="full"), dict(remat="dots")):
         value, gradient = value_and_grad(**changes)
         np.testing.assert_allclose(value, expected[0], rtol=1e-6)
         error = optax.global_norm(jax.tree.map(jnp.subtract, gradient, expected[1])) / optax.global_norm(expected[1])
         assert error < 1e-5, changes
+
+
+@pytest.mark.parametrize("kind", ["mha", "iha_local", "iha"])
+def test_remat_dots_keeps_products_with_weights_and_nothing_of_attention(kind):
+    """What a vjp holds beside what it holds under "full": 4 D + F numbers a token and layer, no scores."""
+    model = tiny(model__layer_pattern=(kind,), model__num_layers=4).model
+    parameters, tokens = abstract_parameters(model), jax.ShapeDtypeStruct((3, model.context_length), jnp.int32)
+
+    def kept(remat):
+        bound = dataclasses.replace(model, remat=remat)
+        held = jax.eval_shape(lambda p, tokens: jax.vjp(lambda p: bind(bound, p)(tokens), p)[1], parameters, tokens)
+        return sum(leaf.size for leaf in jax.tree.leaves(held))
+
+    more = model.num_layers * tokens.size * (4 * model.width + model.mlp_width)
+    assert kept("dots") - kept("full") == more
+    assert kept("none") - kept("full") > 2 * more
 
 
 def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():

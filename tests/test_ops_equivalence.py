@@ -36,7 +36,8 @@ def value_and_gradients(function, arguments, weights, dtype):
 def assert_all_close(got, expected, tolerance):
     for x, y in zip(got, expected, strict=True):
         assert x.shape == y.shape
-        error = np.linalg.norm(x.astype(np.float64) - y) / np.linalg.norm(y)
+        # A window of one token has weights of 1: its gradients of queries and keys are 0, and so must ours be.
+        error = np.linalg.norm(x.astype(np.float64) - y) / (np.linalg.norm(y) or 1)
         assert error < tolerance, error
 
 

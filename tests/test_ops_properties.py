@@ -230,15 +230,24 @@ def largest_array(jaxpr):
     return largest
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
 @pytest.mark.parametrize("window", [2, None])
-def test_streaming_never_holds_all_pseudo_tokens(window):
+def test_streaming_never_holds_all_pseudo_tokens(window, segments):
     tokens, heads, pseudo, width = 16384, 2, 8, 64
     shapes = [(1, tokens, heads, width)] * 3 + [(heads, heads, pseudo)] * 4
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
+    ids = jnp.ones((1, tokens), jnp.int32) if segments else None
+
     def loss(q, k, v, *mixing):
-        settings = dict(causal=True, causality="virtual", rope_theta=1e4, rope_positions="virtual", segment_ids=None)
-        return streaming_interleaved_attention(q, k, v, mixing, window=window, **settings, chunk=16).sum()
+        settings = dict(causal=True, causality="virtual", rope_theta=1e4, rope_positions="virtual", segment_ids=ids)
+
+        @jax.checkpoint
+        def layer(x, _):
+            q_k_v = x, x * k, x * v  # all of them the layer's own
+            return streaming_interleaved_attention(*q_k_v, mixing, window=window, **settings, chunk=16), None
+
+        return jax.lax.scan(layer, q, None, 2)[0].sum()
 
     largest = largest_array(jax.make_jaxpr(jax.grad(loss, argnums=tuple(range(7))))(*arguments).jaxpr)
     assert tokens * heads * width <= largest < tokens * pseudo * heads * width / 3

@@ -12,7 +12,7 @@ from flax import nnx
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
-from iha_jax.model.layers import RMSNorm
+from iha_jax.model.layers import RMSNorm, weight_product
 from iha_jax.ops import (
     Features,
     apply_rope,
@@ -36,6 +36,7 @@ from iha_jax.parallel.attention import (
     share_heads,
     sum_and_scatter_heads,
     swap_heads,
+    swap_tokens,
 )
 
 
@@ -61,9 +62,9 @@ class MultiHeadAttention(nnx.Module):
 
     def project(self, x_BND: Array) -> tuple[Array, Array, Array]:
         """Queries [B, N, H, d], keys and values [B, N, K, d]: normalized if asked, neither mixed nor rotated."""
-        q_BNHd = jnp.einsum("bnD,Dhd->bnhd", x_BND, self.query[...].astype(x_BND.dtype))
-        k_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.key[...].astype(x_BND.dtype))
-        v_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.value[...].astype(x_BND.dtype))
+        q_BNHd = weight_product("bnD,Dhd->bnhd", x_BND, self.query[...])
+        k_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.key[...])
+        v_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.value[...])
         if self.config.qk_norm:
             q_BNHd, k_BNKd = self.query_norm(q_BNHd), self.key_norm(k_BNKd)
         return q_BNHd, k_BNKd, v_BNKd
@@ -105,7 +106,7 @@ class MultiHeadAttention(nnx.Module):
         return []
 
     def project_back(self, out_BNHd: Array) -> Array:
-        return jnp.einsum("bnhd,hdD->bnD", out_BNHd, self.output[...].astype(out_BNHd.dtype))
+        return weight_product("bnhd,hdD->bnD", out_BNHd, self.output[...])
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
@@ -135,9 +136,13 @@ class InterleavedHeadAttention(MultiHeadAttention):
         self.collapse = nnx.Param(initial_value("attention/collapse", collapse_shape, config, rngs))
 
     def mixing(self, dtype: jnp.dtype) -> list[tuple[Array, str]]:
-        """Each device has the pseudo-heads of its own heads H, and so those slices of the mixing weights."""
+        """In a global layer each device has the pseudo-heads of its own heads H, and so those slices of the mixing
+        weights; in a local one the pseudo-heads of all heads, of its own tokens."""
         weights = (self.alpha_query, self.alpha_key, self.alpha_value, self.collapse)
-        dimensions = ("s H p", "s H p", "s H p", "g H p" if self.config.iha.collapse == "global" else "H p")
+        own = "H" if self.window is None else "h"
+        of_sources = f"s {own} p"
+        of_outputs = f"g {own} p" if self.config.iha.collapse == "global" else f"{own} p"
+        dimensions = (of_sources, of_sources, of_sources, of_outputs)
         return [(weight[...].astype(dtype), names) for weight, names in zip(weights, dimensions, strict=True)]
 
     def attend(
@@ -145,7 +150,7 @@ class InterleavedHeadAttention(MultiHeadAttention):
     ) -> Array:
         iha = self.config.iha
         positions = "none" if self.config.positions == "none" else iha.rope_positions
-        if heads_split():
+        if gathers := heads_split() and self.window is None:
             q_BNHd, k_BNKd, v_BNKd = (gather_heads(x) for x in (q_BNHd, k_BNKd, v_BNKd))
         out_BNHd = interleaved_head_attention(
             q_BNHd,
@@ -161,13 +166,13 @@ class InterleavedHeadAttention(MultiHeadAttention):
             target_heads=mixing[0].shape[1],
             implementation=iha.implementation,
         )
-        return sum_and_scatter_heads(out_BNHd) if heads_split() and iha.collapse == "global" else out_BNHd
+        return sum_and_scatter_heads(out_BNHd) if gathers and iha.collapse == "global" else out_BNHd
 
     def exchange(self) -> Exchange:
         iha = self.config.iha
         if self.window is None:
             return share_heads(summed=iha.collapse == "global")
-        return halo(tokens_in_reach(self.window, iha.pseudo_heads, iha.causality), causal=self.config.causal)
+        return swap_tokens(tokens_in_reach(self.window, iha.pseudo_heads, iha.causality), causal=self.config.causal)
 
     @staticmethod
     def kernel(config: ModelConfig, features: Features) -> str:
@@ -288,8 +293,8 @@ class SimplicialAttention(MultiHeadAttention):
 
     def project_second(self, x_BND: Array) -> tuple[Array, Array]:
         """The second keys and values [B, N, K, d]; the keys normalized if asked."""
-        k2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_key[...].astype(x_BND.dtype))
-        v2_BNKd = jnp.einsum("bnD,Dkd->bnkd", x_BND, self.second_value[...].astype(x_BND.dtype))
+        k2_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.second_key[...])
+        v2_BNKd = weight_product("bnD,Dkd->bnkd", x_BND, self.second_value[...])
         return self.second_key_norm(k2_BNKd) if self.config.qk_norm else k2_BNKd, v2_BNKd
 
     def __call__(
@@ -345,7 +350,7 @@ class FusedMixingAttention(MultiHeadAttention):
             return q_BNHd, k_BNKd, v_BNKd
         weights = (self.query, self.key, self.value)
         q_BNHd, k_BNKd, v_BNKd = (
-            jnp.einsum("bnD,Dhd->bnhd", x_BND, fuse_mixing(weight[...], mix[...]).astype(dtype))
+            weight_product("bnD,Dhd->bnhd", x_BND, fuse_mixing(weight[...], mix[...]))
             for weight, mix in zip(weights, mixes, strict=True)
         )
         return q_BNHd, k_BNKd, v_BNKd

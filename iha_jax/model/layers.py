@@ -3,10 +3,18 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from iha_jax.array_types import Array, Float
 from iha_jax.config import ModelConfig
 from iha_jax.model.init import initial_value
+
+WEIGHT_PRODUCT = "weight product"  # what `remat = "dots"` keeps for the backward pass
+
+
+def weight_product(subscripts: str, x: Array, weights: Array) -> Array:
+    """`einsum(subscripts, x, weights)` in x's type, named for `remat` policies."""
+    return checkpoint_name(jnp.einsum(subscripts, x, weights.astype(x.dtype)), WEIGHT_PRODUCT)
 
 
 class RMSNorm(nnx.Module):
@@ -34,9 +42,9 @@ class Mlp(nnx.Module):
         self.kind = config.mlp
 
     def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        up_BNF = x_BND @ self.up[...].astype(x_BND.dtype)
+        up_BNF = weight_product("bnD,DF->bnF", x_BND, self.up[...])
         if self.kind == "swiglu":
-            hidden_BNF = jax.nn.silu(x_BND @ self.gate[...].astype(x_BND.dtype)) * up_BNF
+            hidden_BNF = jax.nn.silu(weight_product("bnD,DF->bnF", x_BND, self.gate[...])) * up_BNF
         else:
             hidden_BNF = jax.nn.gelu(up_BNF)
-        return hidden_BNF @ self.down[...].astype(x_BND.dtype)
+        return weight_product("bnF,FD->bnD", hidden_BNF, self.down[...])

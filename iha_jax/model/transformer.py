@@ -14,15 +14,15 @@ from iha_jax.array_types import Array, Float, Int
 from iha_jax.config import ModelConfig
 from iha_jax.model.attention import ATTENTION
 from iha_jax.model.init import initial_value
-from iha_jax.model.layers import Mlp, RMSNorm
+from iha_jax.model.layers import WEIGHT_PRODUCT, Mlp, RMSNorm
 from iha_jax.parallel.rules import constrain
 
 Parameters = dict[str, Any]
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name: JAX's own policies for products would also keep those inside attention, scores among them.
+    "dots": jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT),
 }
 
 
@@ -42,7 +42,7 @@ class Block(nnx.Module):
 
 
 class Group(nnx.Module):
-    """The layers of one repetition of the layer pattern, `block_0`, `block_1`, ..., applied in order."""
+    """The layers of one repetition of the layer pattern, `block_0`, `block_1`, ..., to be applied in order."""
 
     def __init__(self, config: ModelConfig, kinds: tuple[str, ...], layer_keys: Array):
         self.size = len(kinds)
@@ -51,12 +51,6 @@ class Group(nnx.Module):
 
     def blocks(self) -> list[Block]:
         return [getattr(self, f"block_{i}") for i in range(self.size)]
-
-    def __call__(self, x_BND: Array, segment_ids_BN: Array | None, first_layer: Array | int) -> Array:
-        """`first_layer`: the number of the first layer of the group in the model, from 1."""
-        for i, block in enumerate(self.blocks()):
-            x_BND = block(x_BND, segment_ids_BN, first_layer + i)
-        return x_BND
 
 
 class Transformer(nnx.Module):
@@ -87,11 +81,17 @@ class Transformer(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
 
-        def run_group(group: Group, x_BND: Array, first_layer: Array | int) -> Array:
-            return group(x_BND, segment_ids_BN, first_layer)
+        def run_block(block: Block, x_BND: Array, layer: Array | int) -> Array:
+            return block(x_BND, segment_ids_BN, layer)
 
-        if config.remat != "none":
-            run_group = jax.checkpoint(run_group, policy=REMAT[config.remat])
+        if config.remat != "none":  # layer by layer: the backward pass holds what is inside one layer at a time
+            run_block = jax.checkpoint(run_block, policy=REMAT[config.remat])
+
+        def run_group(group: Group, x_BND: Array, first_layer: Array | int) -> Array:
+            for i, block in enumerate(group.blocks()):
+                x_BND = run_block(block, x_BND, first_layer + i)
+            return x_BND
+
         table_VD = constrain(self.embedding[...].astype(dtype), "V D")
         x_BND = constrain(table_VD[inputs_BN], "B N D")
         size, groups = len(config.layer_pattern), config.num_groups

@@ -172,10 +172,13 @@ def _forward(steps: Steps, q: Array, k: Array, v: Array, ids: Array, mixing: tup
     padded_k, padded_v, padded_ids = (steps.pad(x, True) for x in (k, v, ids))
 
     def step(_: None, i: Array) -> tuple[None, tuple[Array, Array]]:
-        virtual_q = steps.queries(steps.cut(padded_q, i), alpha_q)
+        # Ids stand behind the queries: masks depend on nothing that is trained, so under `jax.checkpoint` JAX would
+        # compute those of all steps beforehand and keep them, more bytes than the virtual sequence has.
+        step_q, step_ids = jax.lax.optimization_barrier((steps.cut(padded_q, i), steps.cut(padded_ids, i, reach)))
+        virtual_q = steps.queries(step_q, alpha_q)
         virtual_k = steps.keys(steps.cut(padded_k, i, reach), alpha_k)
         virtual_v = steps.values(steps.cut(padded_v, i, reach), alpha_v)
-        visible = steps.visible(steps.cut(padded_ids, i, reach), alpha_q.shape[1])
+        visible = steps.visible(step_ids, alpha_q.shape[1])
         out, lse = _attend(virtual_q, virtual_k, virtual_v, visible)
         return None, (steps.collapse(out, R, q.shape[0]), lse)
 

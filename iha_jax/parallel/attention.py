@@ -7,10 +7,13 @@ are the ones written here. B N H d counts what one device's rows hold, all token
 Over `tensor` (T devices) heads are split:
 
 - MHA: nothing.
-- IHA: every pseudo-head is a mix of all H heads. A device gathers q, k and v of all heads (B N (H + 2 K) d values, the
-  size of MHA's own), makes the pseudo-heads of its own H/T heads alone, and, for a global collapse, the partial outputs
-  of all heads are summed and scattered (B N H d values). Mixing on the source side instead would exchange pseudo-heads,
-  P times as much.
+- IHA: every pseudo-head is a mix of all H heads.
+  - Local layers (`swap_tokens`): all-to-all. Each device gives away its heads of the other devices' tokens and gets all
+    heads of its own N/T tokens (B N (H + 2 K) d / T values), then their halo from its neighbors, as over `context`
+    below; it mixes, attends and collapses those tokens alone and gives the outputs back (B N H d / T values).
+  - Global layers: a device gathers q, k and v of all heads (B N (H + 2 K) d values, the size of MHA's own), makes the
+    pseudo-heads of its own H/T heads alone, and, for a global collapse, the partial outputs of all heads are summed and
+    scattered (B N H d values). Mixing on the source side instead would exchange pseudo-heads, P times as much.
 
 Over `context` (C devices) tokens are split, N/C a device, side by side:
 
@@ -35,6 +38,7 @@ all-to-all the opposite one. Where `remat` recomputes attention, it exchanges ag
 device, all of this is the plain operation.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -43,7 +47,7 @@ import jax.numpy as jnp
 from iha_jax.array_types import Array
 from iha_jax.parallel.rules import activation_spec, mesh_in_use, shards
 
-HEADS, TOKENS = "tensor", "context"
+HEADS, TOKENS = "tensor", "context"  # in the order of the mesh: devices of HEADS are next to each other
 
 Argument = tuple[Array | None, str]  # and its dimensions, such as "B N H d"
 Exchange = Callable[[Callable[..., Array], list[Argument]], Array]
@@ -52,7 +56,7 @@ Exchange = Callable[[Callable[..., Array], list[Argument]], Array]
 def on_each_device(
     function: Callable[..., Array], arguments: Sequence[Argument], result: str, exchange: Exchange
 ) -> Array:
-    """`function(*arrays)`, each device on its part, with what `exchange` brings where tokens are split.
+    """`function(*arrays)`, each device on its part, with what `exchange` brings.
 
     Dimensions tell an exchange what an array is: queries and outputs are "B N H d", keys and values "B N K d", segment
     ids (or None) "B N"; anything else is weights.
@@ -64,7 +68,7 @@ def on_each_device(
     def local(*arrays: Array) -> Array:
         remaining = iter(arrays)
         own = [(None if x is None else next(remaining), dimensions) for x, dimensions in arguments]
-        return function(*(x for x, _ in own)) if shards("N") == 1 else exchange(function, own)
+        return exchange(function, own)
 
     specs = tuple(activation_spec(dimensions) for x, dimensions in arguments if x is not None)
     # No check of varying axes: loops inside the operations start from constants.
@@ -87,12 +91,42 @@ def sum_and_scatter_heads(x_BNHd: Array) -> Array:
     return jax.lax.psum_scatter(x_BNHd, HEADS, scatter_dimension=2, tiled=True)
 
 
-def halo(reach: int, *, causal: bool) -> Exchange:
-    """For operations by which a token sees at most `reach` tokens before its own and, if not causal, after it."""
+def swap_tokens(reach: int, *, causal: bool) -> Exchange:
+    """For local operations that mix all heads: all heads of a share of the tokens for the own heads of all tokens, then
+    the halo of that share. `reach` and `causal` are those of `halo`, which alone is left where heads are not split."""
 
     def exchange(function: Callable[..., Array], arguments: list[Argument]) -> Array:
+        T = shards("H")
+
+        def share(x: Array | None, dimensions: str) -> Argument:
+            names = dimensions.split()
+            if x is None or "N" not in names:
+                return x, dimensions
+            if "H" in names or "K" in names:
+                return jax.lax.all_to_all(x, HEADS, split_axis=1, concat_axis=2, tiled=True), dimensions
+            own = x.shape[1] // T  # segment ids are the same on all of these devices
+            return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(HEADS) * own, own, 1), dimensions
+
+        if T == 1:
+            return halo(reach, causal=causal)(function, arguments)
+        out = halo(reach, causal=causal, over=(TOKENS, HEADS))(function, [share(*argument) for argument in arguments])
+        return jax.lax.all_to_all(out, HEADS, split_axis=2, concat_axis=1, tiled=True)
+
+    return exchange
+
+
+def halo(reach: int, *, causal: bool, over: tuple[str, ...] = (TOKENS,)) -> Exchange:
+    """For operations by which a token sees at most `reach` tokens before its own and, if not causal, after it.
+
+    Tokens are split over the mesh axes `over`, the last one fastest.
+    """
+
+    def exchange(function: Callable[..., Array], arguments: list[Argument]) -> Array:
+        mesh = mesh_in_use()
+        assert mesh is not None
+        devices = math.prod(mesh.shape[axis] for axis in over)
         B, n = _named(arguments, "H").shape[:2]
-        left = min(reach, (shards("N") - 1) * n)
+        left = min(reach, (devices - 1) * n)
         right = 0 if causal else left
 
         def widen(x: Array | None, dimensions: str) -> Array | None:
@@ -102,7 +136,8 @@ def halo(reach: int, *, causal: bool) -> Exchange:
                 x = jnp.ones((B, n), jnp.int32)
             if "H" in dimensions.split():  # the halo's outputs are dropped, so its queries need not come
                 return jnp.pad(x, [(0, 0), (left, right), (0, 0), (0, 0)])
-            return jnp.concatenate([*_from_neighbor(x, left, 1), x, *_from_neighbor(x, right, -1)], axis=1)
+            before, after = _from_neighbor(x, left, 1, over, devices), _from_neighbor(x, right, -1, over, devices)
+            return jnp.concatenate([*before, x, *after], axis=1)
 
         if not left:
             return function(*(x for x, _ in arguments))
@@ -114,6 +149,8 @@ def halo(reach: int, *, causal: bool) -> Exchange:
 def swap_heads(function: Callable[..., Array], arguments: list[Argument]) -> Array:
     """For operations on each head alone: all tokens of a share of the heads for the own tokens of all heads."""
     H, K, C = _named(arguments, "H").shape[2], _named(arguments, "K").shape[2], shards("N")
+    if C == 1:
+        return function(*(x for x, _ in arguments))
     repeats = min(r for r in range(1, H // K + 1) if H // K % r == 0 and (K * r % C == 0 or K * r == H))
 
     def whole(x: Array | None, dimensions: str) -> Array | None:
@@ -135,6 +172,8 @@ def share_heads(summed: bool) -> Exchange:
     """
 
     def exchange(function: Callable[..., Array], arguments: list[Argument]) -> Array:
+        if shards("N") == 1:
+            return function(*(x for x, _ in arguments))
         heads = next(x.shape[names.split().index("H")] for x, names in arguments if x is not None and _is_weight(names))
 
         def whole(x: Array | None, dimensions: str) -> Array | None:
@@ -153,14 +192,15 @@ def share_heads(summed: bool) -> Exchange:
     return exchange
 
 
-def _from_neighbor(x: Array, tokens: int, step: int) -> list[Array]:
+def _from_neighbor(x: Array, tokens: int, step: int, over: tuple[str, ...], devices: int) -> list[Array]:
     """The `tokens` [B, tokens, ...] that stand before (step 1) or after (-1) a device's own, in order, as pieces; zeros
     where the row has none. Only neighbors exchange: what lies further is passed on."""
-    C, n, pieces, sent = shards("N"), x.shape[1], [], x
+    n, pieces, sent = x.shape[1], [], x
+    neighbors = [(i, i + step) for i in range(devices) if 0 <= i + step < devices]
     while tokens > 0:
         take = min(tokens, n)
         sent = sent[:, -take:] if step == 1 else sent[:, :take]
-        sent = jax.lax.ppermute(sent, TOKENS, [(i, i + step) for i in range(C) if 0 <= i + step < C])
+        sent = jax.lax.ppermute(sent, over, neighbors)
         pieces, tokens = [sent, *pieces] if step == 1 else [*pieces, sent], tokens - take
     return pieces
 

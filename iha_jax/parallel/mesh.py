@@ -61,7 +61,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices), len({device.process_index for device in devices}))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # A GPU's slice is its machine: any axis may run between those.
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
     shape = tuple(sizes.values())
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)

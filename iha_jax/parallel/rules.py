@@ -114,6 +114,13 @@ def check_split(model: ModelConfig, mesh: Mesh) -> None:
                 f"config.model.{field} = {size}: does not divide over config.mesh.{axis} = {parts}"
                 f"{' in pairs' if pairs else ''}; choose {' or '.join(map(str, near))}, or another mesh"
             )
+    parts = mesh.shape["tensor"] * mesh.shape["context"]
+    if mesh.shape["tensor"] > 1 and "iha_local" in model.layer_kinds and model.context_length % parts:
+        near = [n for n in (model.context_length // parts * parts, -(-model.context_length // parts) * parts) if n]
+        problems.append(
+            f"config.model.context_length = {model.context_length}: local IHA layers split it over config.mesh.context "
+            f"* config.mesh.tensor = {parts}; choose {' or '.join(map(str, near))}, or another mesh"
+        )
     for axis in ("tensor", "context"):  # whole rows, without which no logits are whole, come for a share of the heads
         if mesh.shape[axis] > 1 and "talking_heads" in model.layer_kinds:
             problems.append(

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from iha_jax.config import Config, ConfigError
 from iha_jax.data.batches import train_batches
 from iha_jax.data.corpus import Corpus, open_corpus
-from iha_jax.parallel.mesh import batch_sharding, check_batch_sizes, local_rows, make_mesh, place_batch, replicated
+from iha_jax.parallel.mesh import check_batch_sizes, local_rows, make_mesh, place_batch
 from iha_jax.parallel.processes import agree, in_turns, is_first
 from iha_jax.parallel.rules import check_split
 from iha_jax.training.banner import describe, kernels
@@ -34,7 +32,7 @@ from iha_jax.training.saves import Saves
 from iha_jax.training.spikes import LossSpike, SpikeDetector, batches_without_gaps, read_rollbacks, roll_back
 from iha_jax.training.start_up import StartUp
 from iha_jax.training.state import check_source, starting_state
-from iha_jax.training.step import State, make_train_step
+from iha_jax.training.step import lower_train_step
 from iha_jax.training.time_account import COMPILE, EVALUATE, RESTORE, SAVE, TimeAccount, process_start
 from iha_jax.training.validation import Validation
 from iha_jax.training.watchdog import Watchdog
@@ -133,7 +131,7 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
         # --- Compile before the clock of training starts.
         clock.enter(COMPILE)
         compiling = time.perf_counter()
-        train_step = _compile(config, optimizer, state, mesh)
+        train_step = lower_train_step(config, optimizer, state, mesh).compile()
         validate = Validation(config, corpus, mesh, watchdog.beat)
         progress.message(f"compiled the training step in {time.perf_counter() - compiling:.1f} s")
         start_up.mark("compile")
@@ -156,9 +154,7 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
             clock.enter(EVALUATE)
             row = meter.validation_row(step, validate(state["parameters"]))
             writer.write(row)
-            progress.message(
-                f"step {step}: validation loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte"
-            )
+            progress.validated(step, row)
             clock.enter(SAVE)
 
         # --- Train. The order matters: log, evaluate, then save, so that a restored run never repeats or lacks a row.
@@ -217,19 +213,3 @@ def _batches_from(job: Job) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
         local_rows=local_rows(job.mesh, batch_size),
         workers=data.workers,
     )
-
-
-def _compile(config: Config, optimizer: optax.GradientTransformation, state: State, mesh: Mesh) -> Any:
-    shape = (config.training.batch_size, config.model.context_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in {
-            "inputs": jnp.int32,
-            "targets": jnp.int32,
-            "segment_ids": jnp.int32,
-            "loss_mask": jnp.float32,
-        }.items()
-    }
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
-    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=shardings)
-    return step.lower(state, batch).compile()

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from iha_jax.config import Config
 from iha_jax.model import bind, initialize
+from iha_jax.parallel.mesh import batch_sharding, replicated
 from iha_jax.training.loss import summed_loss
 
 State = dict[str, Any]
@@ -61,11 +63,38 @@ def make_train_step(
         updated = {"parameters": optax.apply_updates(parameters, updates), "optimizer": optimizer_state}
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, {k: state[k] for k in updated})
+        kept = unless_skipped(finite, updated, {name: state[name] for name in updated})
         metrics = {"loss": loss, "grad_norm": norm, "counted_tokens": counted, "skipped": ~finite}
         return kept | {"step": state["step"] + 1}, metrics
 
     return step
+
+
+def unless_skipped(finite: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the step counts, else `old`, bit for bit."""
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+
+def lower_train_step(
+    config: Config, optimizer: optax.GradientTransformation, state: State, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The train step on `mesh`, its state donated, ready to be compiled; inside `jax.set_mesh(mesh)`.
+
+    `state`: arrays, or shapes with shardings, whose devices need not be here.
+    """
+    shape = (config.training.batch_size, config.model.context_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, dtype in {
+            "inputs": jnp.int32,
+            "targets": jnp.int32,
+            "segment_ids": jnp.int32,
+            "loss_mask": jnp.float32,
+        }.items()
+    }
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(mesh)
+    step = jax.jit(make_train_step(config, optimizer), donate_argnums=0, out_shardings=shardings)
+    return step.lower(state, batch)
 
 
 def make_eval_step(config: Config) -> Callable[[State, Batch, jax.Array], dict[str, jax.Array]]:
