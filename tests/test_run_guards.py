@@ -75,9 +75,6 @@ with Watchdog(1.0) as watchdog:
         watchdog.beat()
         time.sleep(0.4)
     print("alive", flush=True)
-    watchdog.beat(allowance=2.0)
-    time.sleep(1.4)
-    print("still alive", flush=True)
     def stuck_here(): time.sleep(60)
     watchdog.beat()
     stuck_here()
@@ -88,7 +85,7 @@ def test_a_hung_process_ends_and_shows_where():
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 1
-    assert done.stdout.split("\n")[:2] == ["alive", "still alive"]
+    assert done.stdout == "alive\n"
     assert "stuck_here" in done.stderr
     assert time.monotonic() - began < 30
 

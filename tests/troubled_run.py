@@ -174,7 +174,7 @@ def meet(trouble):
     if trouble.refuses:
         loop.check_run = check_run(trouble, loop.check_run)
     loop.starting_state = phase(trouble, "restore", starting_state)
-    loop._compile = phase(trouble, "compile", loop._compile)
+    loop.lower_train_step = phase(trouble, "compile", loop.lower_train_step)
     loop.place_batch = phase(trouble, "step", loop.place_batch)
     loop.Validation.__call__ = phase(trouble, "evaluate", loop.Validation.__call__)
     loop.Saves.finish = phase(trouble, "finish", loop.Saves.finish)

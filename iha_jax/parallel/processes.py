@@ -78,16 +78,17 @@ def begin() -> None:
     from jax._src import distributed  # the store has no public name; Orbax reaches it in this way too
 
     state = distributed.global_state
-    _company = _Company(state.client, state.process_id, state.num_processes, [])
+    assert state.coordinator_address is not None
+    company = _company = _Company(state.client, state.process_id, state.num_processes, [])
     sys.excepthook = _fail
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(_company, stop), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(company, stop), daemon=True)
     watcher.start()
-    _company.hosts = _company.conclude(socket.gethostname(), lambda names: names)
+    company.hosts = company.conclude(socket.gethostname(), lambda names: names)
 
     def lost(index: int) -> None:
         if not stop.wait(2 * _SECONDS_BETWEEN_LOOKS):  # if it said why before it ended, the watcher tells that
-            _leave(f"{_company.name(index)} is gone without a word")
+            _leave(f"{company.name(index)} is gone without a word")
 
     host = state.coordinator_address.rpartition(":")[0].strip("[]")
     goodbye = hold(state.client, state.process_id, host, lost)

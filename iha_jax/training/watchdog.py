@@ -14,10 +14,10 @@ class Watchdog:
     def __init__(self, seconds: float):
         self._seconds = seconds
 
-    def beat(self, allowance: float = 1.0) -> None:
-        """Starts the clock anew, for `allowance` times as long: compiling and saving take longer than a step."""
+    def beat(self) -> None:
+        """Starts the clock anew: at every step, batch of evaluation, and whenever something else begins."""
         if self._seconds:  # to the process's own stderr, 2: what replaces sys.stderr may have no file behind it
-            faulthandler.dump_traceback_later(self._seconds * allowance, exit=True, file=2)
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
     def __enter__(self) -> Self:
         self.beat()
