@@ -195,7 +195,8 @@ def told_of_failed_saves(text):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_saves_that_fail_are_told_tried_again_and_end_the_run(data, whole, tmp_path, count):
-    workdir, flags = tmp_path / "run", SPLIT[: count - 1]
+    workdir = tmp_path / "run"
+    flags = [*SPLIT[: count - 1], "--config.model.mlp_width=2048"]  # what is printed is a file too, but smaller
     trouble = dict(full_from=4, pauses={"step": 0.3}, seconds_to_write=10)
     command = small_command(workdir, data, trouble, flags=flags, **(EVERY | dict(steps=12, eval_every=12)))
     with Processes(command, count, output=tmp_path) as processes:

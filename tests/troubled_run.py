@@ -1,7 +1,6 @@
 """Program of the tests of faults: train.py, which meets the trouble its first argument describes, a JSON object."""
 
 import json
-import logging
 import os
 import resource
 import signal
@@ -39,7 +38,7 @@ class Trouble:
     pauses: dict = field(default_factory=dict)  # seconds by phase; "PHASE begins" is printed
     bad: dict = field(default_factory=dict)  # kind of a batch by position in the data
     examples: str = ""  # folder for a checksum of every row that is trained on
-    full_from: int = 0  # the step from which no file may grow beyond 20,000 bytes
+    full_from: int = 0  # the step from which no file may grow beyond 100,000 bytes
     seconds_to_write: int = 0  # how long several processes wait for one that does not write; 0: as long as ever
     spoils: int = 0  # how many final checkpoints lose a bit before they are read back
     killed_saving: list = field(default_factory=lambda: [0, 0])  # step, milliseconds after its save began
@@ -135,9 +134,8 @@ class Meter(loop.Meter):
         if trouble.is_here() and step in trouble.stops:
             os.kill(os.getpid(), signal.SIGTERM)
         if trouble.is_here() and step == trouble.full_from:
-            logging.getLogger("absl").setLevel(logging.CRITICAL)  # what is printed is a file too
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return super().training_row(step, metrics, skipped)
 
 
