@@ -43,6 +43,7 @@ class _Company:
     count: int
     hosts: list[str]
     exchanges: Any = dataclasses.field(default_factory=itertools.count)
+    said: str = ""  # to the others, of why they must end
     leaving: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def name(self, index: int) -> str:
@@ -200,7 +201,7 @@ def _fail(kind: type[BaseException], error: BaseException, trace: Any) -> NoRetu
 def _leave(text: str, quiet: bool = False) -> NoReturn:
     """Ends this process, and through `_watch` all others, which print `text`."""
     assert _company is not None
-    _company.leaving.set()
+    _company.said = text
     if not quiet:
         print(f"ended, because another process failed: {text}", file=sys.stderr, flush=True)
     # In a thread: where process 0 is gone, setting a key can take minutes.
@@ -223,7 +224,7 @@ def _watch(company: _Company) -> None:
             failed = company.store.key_value_dir_get(_FAILED)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone; the runtime ends this process
-        if failed and not company.leaving.is_set():  # not this process itself, which waits for the others to look
+        if failed and failed[0][1] != company.said:  # else it waits for the others to look
             print(f"ended, because another process failed: {failed[0][1]}", file=sys.stderr, flush=True)
             _end()
 
