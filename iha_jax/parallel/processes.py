@@ -43,6 +43,8 @@ class _Company:
     count: int
     hosts: list[str]
     exchanges: Any = dataclasses.field(default_factory=itertools.count)
+    said: str = ""  # to the others, of why they must end
+    leaving: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts[index]})" if self.hosts else f"process {index}"
@@ -81,18 +83,17 @@ def begin() -> None:
     assert state.coordinator_address is not None
     company = _company = _Company(state.client, state.process_id, state.num_processes, [])
     sys.excepthook = _fail
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(company, stop), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(company,), daemon=True)
     watcher.start()
     company.hosts = company.conclude(socket.gethostname(), lambda names: names)
 
     def lost(index: int) -> None:
-        if not stop.wait(2 * _SECONDS_BETWEEN_LOOKS):  # if it said why before it ended, the watcher tells that
+        if not company.leaving.wait(2 * _SECONDS_BETWEEN_LOOKS):  # if it has said why, the watcher tells
             _leave(f"{company.name(index)} is gone without a word")
 
     host = state.coordinator_address.rpartition(":")[0].strip("[]")
     goodbye = hold(state.client, state.process_id, host, lost)
-    atexit.register(lambda: (stop.set(), goodbye(), watcher.join()))
+    atexit.register(lambda: (company.leaving.set(), goodbye(), watcher.join()))
 
 
 def agree(function: Callable[[], T], facts: Callable[[T], Mapping[str, Any]] | None = None) -> T:
@@ -200,6 +201,7 @@ def _fail(kind: type[BaseException], error: BaseException, trace: Any) -> NoRetu
 def _leave(text: str, quiet: bool = False) -> NoReturn:
     """Ends this process, and through `_watch` all others, which print `text`."""
     assert _company is not None
+    _company.said = text
     if not quiet:
         print(f"ended, because another process failed: {text}", file=sys.stderr, flush=True)
     # In a thread: where process 0 is gone, setting a key can take minutes.
@@ -216,13 +218,13 @@ def _publish_failure(store: Any, text: str) -> None:
         store.key_value_set(f"{_FAILED}first", text)
 
 
-def _watch(company: _Company, stop: threading.Event) -> None:
-    while not stop.wait(_SECONDS_BETWEEN_LOOKS):
+def _watch(company: _Company) -> None:
+    while not company.leaving.wait(_SECONDS_BETWEEN_LOOKS):
         try:
             failed = company.store.key_value_dir_get(_FAILED)
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone; the runtime ends this process
-        if failed:
+        if failed and failed[0][1] != company.said:  # else it waits for the others to look
             print(f"ended, because another process failed: {failed[0][1]}", file=sys.stderr, flush=True)
             _end()
 
