@@ -51,7 +51,7 @@ def measure_saves(megabytes: int, repetitions: int) -> None:
             checkpoints.delete(number)
     whole, prints, sums = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"saving {megabytes} MB: {whole:.2f} s; fingerprints {prints:.3f} s = {prints / whole:.1%}, ", end="")
-    print(f"file checksums {sums:.3f} s = {sums / whole:.1%}")
+    print(f"sizes and checksums of files {sums:.3f} s = {sums / whole:.1%}")
 
 
 def measure_steps(repetitions: int) -> None:

@@ -6,6 +6,7 @@ elements or arrays swapped included, goes unnoticed with a chance of 2^-32. Sums
 order, and so not on the mesh. The number of elements is not in the sum: shapes are compared by name before.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,17 +17,34 @@ from jax import lax
 from iha_jax.array_types import Array
 
 _WORD = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_PIECES = 8  # of an array, added up element by element: 4 times as fast on a CPU as one sum, with 2, 4 or 16 less
 
 
-def fingerprint(x: Array) -> Array:
-    """uint32 [] of the values of an array of any shape; elements of 8 bytes count as two."""
+def fingerprint(x: Array, *, in_pieces: bool = False) -> Array:
+    """uint32 [] of the values of an array of any shape; elements of 8 bytes count as two.
+
+    `in_pieces`: the same value by a faster program, for arrays that are whole on one device; it flattens them.
+    """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = lax.bitcast_convert_type(x, _WORD[min(x.dtype.itemsize, 4)]).astype(jnp.uint32)
-    z = bits ^ (_linear_index(bits.shape) * jnp.uint32(0x9E3779B1))
+    if not in_pieces:
+        return jnp.sum(_mix(bits, _linear_index(bits.shape)), dtype=jnp.uint32)
+    bits = bits.reshape(-1)
+    n = bits.size // _PIECES
+    index = lax.iota(jnp.uint32, n)
+    mixed = (_mix(bits[i * n : (i + 1) * n], index + jnp.uint32(i * n % 2**32)) for i in range(_PIECES))
+    left = bits[_PIECES * n :]
+    last = _mix(left, lax.iota(jnp.uint32, left.size) + jnp.uint32(_PIECES * n % 2**32))
+    added = lax.optimization_barrier(functools.reduce(jnp.add, mixed))  # else XLA would sum while it mixes, one by one
+    return jnp.sum(added, dtype=jnp.uint32) + jnp.sum(last, dtype=jnp.uint32)
+
+
+def _mix(bits: Array, index: Array) -> Array:
+    z = bits ^ (index * jnp.uint32(0x9E3779B1))
     z = (z ^ (z >> 16)) * jnp.uint32(0x85EBCA6B)
     z = (z ^ (z >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(z ^ (z >> 16), dtype=jnp.uint32)
+    return z ^ (z >> 16)
 
 
 def _linear_index(shape: tuple[int, ...]) -> Array:
@@ -43,13 +61,14 @@ def is_finite(x: Array) -> Array:
     return jnp.isfinite(jnp.max(jnp.abs(x))) if x.size and jnp.issubdtype(x.dtype, jnp.floating) else jnp.array(True)
 
 
-@jax.jit
-def _inspect(tree: Any) -> tuple[Any, Any]:
-    return jax.tree.map(fingerprint, tree), jax.tree.map(is_finite, tree)
+@functools.partial(jax.jit, static_argnames="in_pieces")
+def _inspect(tree: Any, *, in_pieces: bool) -> tuple[Any, Any]:
+    return jax.tree.map(functools.partial(fingerprint, in_pieces=in_pieces), tree), jax.tree.map(is_finite, tree)
 
 
 def inspect(named: dict[str, Array]) -> tuple[dict[str, int], list[str]]:
     """(fingerprint by name, names of the arrays that are not finite). Waits for the arrays."""
     # One call for all arrays: they are read at once, where they are, whatever their sharding.
-    prints, finite = jax.device_get(_inspect(named))
+    alone = all(len(x.sharding.device_set) == 1 for x in named.values())
+    prints, finite = jax.device_get(_inspect(named, in_pieces=alone))
     return {name: int(x) for name, x in prints.items()}, sorted(n for n, ok in finite.items() if not np.asarray(ok))

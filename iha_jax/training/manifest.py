@@ -2,7 +2,8 @@
 
 Fingerprints (`fingerprint.py`) say whether the arrays are the ones that were saved; they can be asked only after all
 processes have read together. The manifest says beforehand, each process on its own and without raising, whether a file
-is missing, cut off or altered: so that all can agree on a step before any of them waits for another inside a read.
+is missing or cut off, or, if it is not one of the large ones that hold arrays, altered: so that all can agree on a step
+before any of them waits for another inside a read.
 """
 
 import json
@@ -15,6 +16,7 @@ from etils import epath
 from iha_jax.data.storage import LARGEST_JSON, files_under, is_local, read_json, write_text
 
 FILE = "manifest.json"
+_CHECKED = 2**20  # bytes; checksums of larger files would cost as much as fingerprints, which find what they would
 
 
 def write_manifest(directory: epath.Path) -> None:
@@ -82,11 +84,13 @@ def _names(directory: epath.Path) -> set[str]:
 
 
 def _describe(directory: epath.Path, names: Iterable[str]) -> dict[str, list[int | str]]:
-    """[size, checksum] by name. A bucket checks its own objects: its tag, which changes with the content, is taken."""
+    """[size, checksum or ""] by name. A bucket checks its own objects: its tag, which changes with the content, is
+    taken."""
     there, chosen = files_under(directory), sorted(names)
     if not is_local(directory):
         return {name: [there[name][0], there[name][1]] for name in chosen}
-    return {name: [there[name][0], f"{_crc32(directory / name):08x}"] for name in chosen}
+    sizes = {name: there[name][0] for name in chosen}
+    return {name: [size, f"{_crc32(directory / name):08x}" if size <= _CHECKED else ""] for name, size in sizes.items()}
 
 
 def _crc32(path: epath.Path) -> int:
