@@ -18,7 +18,7 @@ for neither arm. Hardware: one H100 80 GB, or a v5e-8 (`v5e:2x4`), as it is. On 
 `--config.data.document_attention=False` lets MHA take cuDNN.
 
 Not run yet. `python -m iha_jax.plan` says for IHA, at 60 % of peak in products: 0.7 h a run and, by the compiler,
-5.8 of 15.75 GiB a chip on a v5e-8; 1.1 h and 21 GiB on one H100, by closed forms alone. Expect longer.
+5.2 of 15.75 GiB a chip on a v5e-8; 1.1 h and 21 GiB on one H100, by closed forms alone. Expect longer.
 """
 
 from ml_collections import ConfigDict

@@ -18,7 +18,7 @@ for neither arm. Hardware: one H100 80 GB, or a v5e-8 (`v5e:2x4`), as it is. On 
 `--config.data.document_attention=False` lets MHA take cuDNN.
 
 Not run yet. `python -m iha_jax.plan` says for IHA, at 60 % of peak in products: 6.4 h a run and, by the compiler,
-13.3 of 15.75 GiB a chip on a v5e-8; 10.2 h and 33 GiB on one H100, by closed forms alone. Expect longer.
+12.3 of 15.75 GiB a chip on a v5e-8; 10.2 h and 33 GiB on one H100, by closed forms alone. Expect longer.
 """
 
 from ml_collections import ConfigDict

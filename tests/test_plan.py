@@ -263,8 +263,9 @@ def test_committed_plans_fit_and_have_every_key():
     for name, found in plans.items():
         assert found["fits"], name
         assert set(KEYS) <= set(found["bytes_per_device"]), name
-    iha, mha = (plans[f"v5p_4x4x8_{arm}"]["bytes_per_device"]["total"] for arm in ("iha", "global"))
-    assert iha <= 1.05 * mha
+    for where in ("v5p_4x4x8", "v5e_16x16"):
+        iha, mha = (plans[f"{where}_{arm}"]["bytes_per_device"]["total"] for arm in ("iha", "global"))
+        assert iha <= 1.05 * mha, where
 
 
 def test_collectives_written_out_in_shard_map_are_told_apart_though_all_have_channel_1():
