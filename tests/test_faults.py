@@ -17,7 +17,6 @@ from tests.troubled_run import flip_array_data
 
 pytestmark = pytest.mark.slow
 EVERY = dict(checkpoint_every=2, keep_checkpoints=9)
-LONG = EVERY | dict(steps=16, eval_every=16)  # several processes stop some steps after a signal
 SPLIT = ["--config.mesh.fsdp=2"]  # so that each of two processes saves arrays of its own
 
 
@@ -36,7 +35,7 @@ def whole(data, tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"whole_{count}")
             (folder / "examples").mkdir()
             trouble = dict(examples=str(folder / "examples"))
-            command = small_command(folder / "run", data, trouble, flags=SPLIT[: count - 1], **LONG)
+            command = small_command(folder / "run", data, trouble, flags=SPLIT[: count - 1], **EVERY)
             codes, texts = run(command, count, output=folder)
             assert codes == [0] * count, texts
             made[count] = folder / "run", examples(folder / "examples")
@@ -61,16 +60,16 @@ def test_a_run_stopped_three_times_equals_one_never_stopped(data, whole, tmp_pat
     expected, batches = whole(count)
     (tmp_path / "examples").mkdir()
     # Several processes agree in the background, which takes longer than steps of milliseconds.
-    pauses = {"step": 0.5} if count > 1 else {}
-    trouble = dict(examples=str(tmp_path / "examples"), stops=[1, 5, 9], pauses=pauses)
-    command = small_command(tmp_path / "run", data, trouble, flags=SPLIT[: count - 1], **LONG)
+    pauses = {"step": 1.0} if count > 1 else {}
+    trouble = dict(examples=str(tmp_path / "examples"), stops=[1, 3, 5], pauses=pauses)
+    command = small_command(tmp_path / "run", data, trouble, flags=SPLIT[: count - 1], **EVERY)
     for _ in trouble["stops"]:
         texts = to_the_end(command, count, tmp_path, expected=75)
         assert "is saved; the same command goes on from there" in texts[0]
     to_the_end(command, count, tmp_path)
     same_run(tmp_path / "run", expected)
     assert examples(tmp_path / "examples") == batches
-    assert list(batches) == list(range(16))
+    assert list(batches) == list(range(8))
 
 
 def first_state(text):
@@ -92,7 +91,7 @@ def test_a_run_goes_on_with_other_devices_meshes_and_processes(data, whole, tmp_
     for number, (count, devices, mesh, stop) in enumerate(places):
         flags = ["--config.model.vocab_size=258", *mesh]
         trouble = dict(examples=str(tmp_path / "examples"), stops=[stop])
-        command = small_command(workdir, data, trouble, flags=flags, **LONG)
+        command = small_command(workdir, data, trouble, flags=flags, **EVERY)
         output = tmp_path / f"output_{number}"
         texts = to_the_end(command, count, output, expected=75 if stop else 0, devices=devices)
         if before is not None:
@@ -101,7 +100,7 @@ def test_a_run_goes_on_with_other_devices_meshes_and_processes(data, whole, tmp_
         checksums.append(first_state(texts[0])[1])
     assert len(set(checksums)) == len(places)  # each began with another state
     assert examples(tmp_path / "examples") == batches
-    one = small_command(tmp_path / "one", data, flags=["--config.model.vocab_size=258"], **LONG)
+    one = small_command(tmp_path / "one", data, flags=["--config.model.vocab_size=258"], **EVERY)
     to_the_end(one, 1, tmp_path)
     for row, other in zip(metrics(workdir), metrics(tmp_path / "one"), strict=True):
         assert (row["step"], row["tokens"]) == (other["step"], other["tokens"])
