@@ -25,7 +25,7 @@ from iha_jax.training.checkpoint import (
     StateNotFinite,
     _digest,
 )
-from iha_jax.training.fingerprint import inspect
+from iha_jax.training.fingerprint import fingerprint, inspect
 from iha_jax.training.manifest import damage, write_manifest
 from iha_jax.training.optimizer import make_optimizer
 from iha_jax.training.run_directory import load_run_config
@@ -89,6 +89,14 @@ def test_the_fingerprint_does_not_depend_on_the_sharding():
     mesh = Mesh(np.asarray(devices), ("fsdp",))
     for spec in (PartitionSpec("fsdp"), PartitionSpec()):
         assert inspect({"x": jax.device_put(x, NamedSharding(mesh, spec))})[0] == inspect({"x": x})[0]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5, 11), (8, 16)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_])
+def test_the_fingerprint_in_pieces_is_the_fingerprint(shape, dtype):
+    """Saved on one device, in pieces, and restored on many, at once: the numbers must agree."""
+    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    assert int(fingerprint(x, in_pieces=True)) == int(fingerprint(x))
 
 
 def test_what_was_saved_is_what_is_restored(saved):
