@@ -23,48 +23,28 @@ Not run yet. `python -m iha_jax.plan` says for IHA, at 60 % of peak in products:
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import c4_100m
 
-ARMS = ("mha", "iha")
+ARMS = c4_100m.ARMS
+get_comparison = c4_100m.get_comparison
 
 
 def get_config(arm: str = "iha") -> ConfigDict:
-    config = base.get_config()
+    config = c4_100m.get_config(arm)
 
     model = config.model
-    model.vocab_size = 50_304
-    model.context_length = 2048
     model.width = 1024
     model.num_layers = 25
     model.num_heads = 16
     model.mlp_width = 4096
-    model.compute_dtype = "bfloat16"
-    if arm == "iha":
-        model.layer_pattern = ("iha_local",) * 4 + ("mha",)  # window max(1, 2048 // (2 * 4**2)) = 64 tokens
-
-    config.data.sources = ("c4/en",)
-    config.data.tokenizer = "hf:tokenizer.json"
-    config.data.workers = 8
 
     config.optimizer.learning_rate = 6e-4
     config.optimizer.warmup_steps = 700
 
     training = config.training
     training.steps = 14_000
-    training.batch_size = 256  # 2^19 tokens a step
     training.accumulation = 32  # 8 rows at a time: one GPU, or 1 on each of 8 chips
-    training.loss_chunk = 512
     training.eval_every = 1000
-    training.eval_rows = 512
     training.eval_batch_size = 8
     training.checkpoint_every = 1000
     return config
-
-
-def get_comparison() -> ConfigDict:
-    comparison = ConfigDict()
-    comparison.arms = ARMS
-    comparison.seeds = 3
-    comparison.learning_rates = ()
-    comparison.controls = ("widened",)
-    return comparison

@@ -80,6 +80,20 @@ def examples(folder):
     return {position: [rows[i] for i in range(len(rows))] for position, rows in sorted(found.items())}
 
 
+def printed_by(program, cases, *, devices):
+    """The JSON that `python -m program CASES` prints, run with so many fake devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", program, json.dumps(cases)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
 class Processes:
     """`count` processes of one command, each with `devices` fake devices; killed by id at the end of a `with` block."""
 

@@ -1,12 +1,8 @@
 """Layers whose tokens are split over `context` give the outputs and gradients of the reference on one device."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.several import printed_by
 
 # 15 tokens over 3 devices, which heads do not divide; half as many key heads.
 TWO = dict(model__num_heads=2, model__num_kv_heads=1)
@@ -34,21 +30,8 @@ SLOW = {
 }
 
 
-def errors(cases):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=6", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.context_layers", json.dumps(cases)],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("cases", [CASES, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_layers_with_split_tokens_equal_the_reference(cases):
-    found = errors(cases)
+    found = printed_by("tests.context_layers", cases, devices=6)
     assert set(found) == set(cases)
     assert {name: error for name, error in found.items() if not error < 1e-5} == {}

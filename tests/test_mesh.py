@@ -20,6 +20,7 @@ from iha_jax.ops import target_platform
 from iha_jax.parallel.mesh import AXES, axis_sizes, check_batch_sizes
 from iha_jax.parallel.rules import WEIGHTS, check_split, weight_spec
 from iha_jax.training.banner import kernels
+from tests.several import printed_by
 from tests.tiny import tiny
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
@@ -49,16 +50,7 @@ def found_over_context():
 
 
 def run(meshes):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.mesh_losses", json.dumps(meshes)],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    return printed_by("tests.mesh_losses", meshes, devices=8)
 
 
 @pytest.mark.parametrize("arm", ["mha", "iha"])
