@@ -175,8 +175,8 @@ def test_any_number_of_processes_trains_the_same_and_goes_on_with_any_other(data
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["step"] == 6
     np.testing.assert_allclose(found["tasks"]["loss"]["loss"], expected[-1]["loss"], rtol=1e-5)
-    assert "nats a token" in texts[0]
-    assert "nats a token" not in texts[1]
+    assert "95 % interval" in texts[0]
+    assert "95 % interval" not in texts[1]
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_evaluation_of_a_run_repeats_its_last_validation(data, tmp_path, capsys)
     assert result["step"] == 6
     assert result["tasks"]["loss"]["loss"] == last["loss"]
     assert result["tasks"]["loss"]["bits_per_byte"] == last["bits_per_byte"]
-    assert "bits per byte" in capsys.readouterr().out
+    assert "bits_per_byte" in capsys.readouterr().out
     for bad in ("--step=5", "--tasks=los", "--temperature=-1", f"--out={tmp_path}", f"--out={tmp_path / 'no/e.json'}"):
         with pytest.raises(SystemExit) as end:
             evaluation.main([f"--workdir={tmp_path / 'run'}", bad])

@@ -1,178 +1,133 @@
-"""The command line of evaluation: restores a run and prints or writes what its tasks find."""
+"""The command line of evaluation: restores a run, and prints and writes what its tasks find."""
 
 import argparse
-import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from iha_jax.parallel.start import add_process_flags, common_flags, start_processes
-from iha_jax.training.command import CACHE_HELP, REFUSED
+from iha_jax.training.command import CACHE_HELP, refuse
 
-
-@dataclass(frozen=True)
-class Restored:
-    """A run's config and the parameters of one of its steps."""
-
-    config: Any
-    parameters: Any
-    step: int
-    mesh: Any
-
-
-def restore(workdir: str, step: int | None) -> Restored:
-    """Raises ValueError, in every process when in one, for a directory that is no run, a step it does not have, or
-    parameters that do not fit."""
-    from etils import epath
-
-    from iha_jax.parallel.mesh import mesh_for_evaluation
-    from iha_jax.parallel.processes import agree
-    from iha_jax.training.checkpoint import Checkpointer
-    from iha_jax.training.run_directory import common_facts, load_run_config
-    from iha_jax.training.state import abstract_parameters_on
-
-    config = agree(lambda: load_run_config(workdir), lambda config: common_facts(config, workdir))
-    mesh = mesh_for_evaluation(config.mesh)
-    with Checkpointer(epath.Path(workdir) / "checkpoints", writable=False) as checkpoints:
-
-        def choose() -> int:
-            found = step if step is not None else checkpoints.latest_step()
-            if found is None:
-                raise ValueError(f"--workdir={workdir}: the run has no checkpoint yet")
-            return found
-
-        found = agree(choose, lambda found: {f"step of --workdir={workdir}": found})
-        return Restored(
-            config, checkpoints.restore_parameters(abstract_parameters_on(config, mesh), found), found, mesh
-        )
-
-
-def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
-    """Validation loss (nats a token) and bits per byte on the rows the training run was validated on."""
-    import jax
-
-    from iha_jax.data.corpus import open_tokenizer, open_validation_rows
-    from iha_jax.evaluation.perplexity import evaluate
-    from iha_jax.parallel.mesh import check_batch_sizes
-    from iha_jax.parallel.processes import in_turns
-    from iha_jax.training.step import make_eval_step
-
-    config = run.config
-    check_batch_sizes(config, run.mesh)
-    tokenizer = open_tokenizer(config)
-    rows = in_turns(lambda: open_validation_rows(config, tokenizer), lambda rows: {"digest of the rows": rows.digest})
-    count = config.training.eval_rows if flags.eval_rows is None else flags.eval_rows
-    with jax.set_mesh(run.mesh):
-        return evaluate(
-            jax.jit(make_eval_step(config)),
-            run.parameters,
-            rows,
-            tokenizer.byte_lengths,
-            run.mesh,
-            batch_size=config.training.eval_batch_size,
-            num_rows=count or None,
-        )
-
-
-def sample_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
-    """A continuation of the prompt, which is taken as the beginning of a document."""
-    import numpy as np
-
-    from iha_jax.data.corpus import open_tokenizer
-    from iha_jax.evaluation.generate import sample
-
-    tokenizer = open_tokenizer(run.config)
-    prompt = np.concatenate([[tokenizer.document_id], tokenizer.encode(flags.prompt)])
-    tokens = sample(
-        run.config.model,
-        run.parameters,
-        prompt,
-        new_tokens=flags.new_tokens,
-        temperature=flags.temperature,
-        seed=flags.seed,
-        stop_token=tokenizer.document_id,
-    )
-    return {
-        "prompt": flags.prompt,
-        "continuation": tokenizer.decode(tokens),
-        "tokens": len(tokens),
-        "temperature": flags.temperature,
-        "seed": flags.seed,
-    }
-
-
-TASKS: dict[str, Callable[[Restored, argparse.Namespace], dict[str, Any]]] = {"loss": loss_task, "sample": sample_task}
+if TYPE_CHECKING:  # importing jax takes seconds, --help should not
+    from iha_jax.evaluation.tasks import Options, TaskResult
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eval.py", description="Evaluate a checkpoint of a training run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the last")
-    parser.add_argument("--tasks", default="loss,sample", help=f"comma-separated, of {', '.join(TASKS)}")
-    parser.add_argument("--out", help="write the results to this JSON file too")
-    parser.add_argument("--eval_rows", type=int, help="validation rows; 0: all; default: as in training")
-    parser.add_argument("--prompt", default="def ", help="what sample continues")
-    parser.add_argument("--new_tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", default="loss,sample", help="comma-separated; a wrong name lists them all")
+    parser.add_argument("--out", help="write the results to this JSON file; default: WORKDIR/evaluations/step_N.json")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts generated or scored at once")
+    parser.add_argument("--too_long", choices=("truncate", "refuse"), default="truncate", help="prompts, on the left")
     parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " the workdir")
+    tasks = parser.add_argument_group("tasks", "each has its own defaults")
+    tasks.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help="a task's file; repeatable")
+    tasks.add_argument("--limit", type=int, help="the first examples of a task alone")
+    tasks.add_argument("--shots", type=int, help="solved examples in the prompt")
+    tasks.add_argument(
+        "--chat", action="store_true", help="prompts as a user's turn, for models tuned on conversations"
+    )
+    tasks.add_argument("--lengths", default="", help="of prompts, in tokens, comma-separated")
+    tasks.add_argument("--allow_code_execution", action="store_true", help="run generated programs, in a sandbox")
+    tasks.add_argument("--eval_rows", type=int, help="loss: validation rows; 0: all; default: as in training")
+    tasks.add_argument("--prompt", default="def ", help="sample: what is continued")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--samples", type=int, help="of each prompt")
+    sampling.add_argument("--new_tokens", type=int, help="at most, of each sample")
+    sampling.add_argument("--temperature", type=float, help="0: always the likeliest token")
+    sampling.add_argument("--top_k", type=int, help="the likeliest tokens alone; 0: all")
+    sampling.add_argument("--top_p", type=float, help="the likeliest tokens that make up this probability")
+    sampling.add_argument("--seed", type=int, default=0)
     add_process_flags(parser)
     return parser
 
 
-def _task_names(flags: argparse.Namespace) -> list[str]:
+def _options(flags: argparse.Namespace) -> "Options":
+    """Raises ValueError, naming all flags whose values cannot be used."""
+    from iha_jax.evaluation.tasks import Options
+
+    lowest = dict(batch_size=1, limit=1, shots=0, eval_rows=0, samples=1, new_tokens=1, top_k=0, temperature=0)
+    problems = [
+        f"--{name}={value}: expected {low} or more"
+        for name, low in lowest.items()
+        if (value := getattr(flags, name)) is not None and not value >= low
+    ]
+    if flags.top_p is not None and not 0 < flags.top_p <= 1:
+        problems.append(f"--top_p={flags.top_p}: expected more than 0 and at most 1")
+    pairs = [pair.partition("=") for pair in flags.data]
+    problems += [
+        f"--data={''.join(p)}: expected NAME=PATH, such as gsm8k=test.jsonl" for p in pairs if not p[0] or not p[2]
+    ]
+    lengths = [part for part in flags.lengths.split(",") if part]
+    if not all(part.isdigit() and int(part) for part in lengths):
+        problems.append(f"--lengths={flags.lengths}: expected numbers of tokens, such as 1024,2048")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    given = ("limit", "shots", "samples", "temperature", "top_k", "top_p", "seed", "chat", "allow_code_execution")
+    return Options(
+        data={name: path for name, _, path in pairs},
+        max_tokens=flags.new_tokens,
+        lengths=tuple(map(int, lengths)),
+        prompt=flags.prompt,
+        eval_rows=flags.eval_rows,
+        **{name: getattr(flags, name) for name in given},
+    )
+
+
+def _check(flags: argparse.Namespace) -> "tuple[list[str], Options]":
     """The tasks asked for. Raises ValueError before the work is done for what could not be done or written after it."""
     from etils import epath
 
     from iha_jax.data.storage import is_local
+    from iha_jax.evaluation.tasks import load_task
     from iha_jax.parallel.processes import is_first
 
-    names = [name for name in flags.tasks.split(",") if name]
-    if not names or any(name not in TASKS for name in names):
-        raise ValueError(f"--tasks={flags.tasks}: expected some of {', '.join(TASKS)}")
-    if flags.new_tokens < 1 or not flags.temperature >= 0:
-        raise ValueError(f"--new_tokens={flags.new_tokens} --temperature={flags.temperature}: expected at least 1, 0")
+    names = list(dict.fromkeys(name for name in flags.tasks.split(",") if name))
+    for name in names or [""]:
+        load_task(name)
+    options = _options(flags)
     out = epath.Path(flags.out) if flags.out and is_first() else None
     if out and (out.is_dir() or (is_local(out) and not out.parent.is_dir())):
         raise ValueError(f"--out={flags.out}: expected a file name in a directory that exists")
-    return names
+    return names, options
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 2 refused input, else a failure."""
     flags = _parser().parse_args(arguments)
 
-    # Only now: importing jax takes seconds, --help should not.
+    from etils import epath
+
+    from iha_jax.evaluation.results import results_file, table, write_results
+    from iha_jax.evaluation.run import RunModel, restore
+    from iha_jax.evaluation.tasks import load_task
     from iha_jax.parallel.processes import agree, is_first
     from iha_jax.training.compilation_cache import use_cache
 
+    results: dict[str, TaskResult] = {}
     try:
         start_processes(flags)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes a note, for those who save
-        names = agree(lambda: _task_names(flags), lambda _: common_flags(flags))
+        names, options = agree(lambda: _check(flags), lambda _: common_flags(flags))
         use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)
-        results = {name: TASKS[name](run, flags) for name in names}
+        model = RunModel(run, batch_size=flags.batch_size, too_long=flags.too_long)
+        path = epath.Path(flags.out) if flags.out else results_file(flags.workdir, run.step)
+        for name in names:
+            results[name] = load_task(name)(model, options)
+            if is_first():  # after each task: a later one may fail
+                write_results(path, run, results, add=not flags.out)
     except ValueError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        refuse(error)
     if is_first():
-        _report(run.step, results, flags.out)
+        _print_samples(results)
+        print(f"step {run.step}, {path}\n{table(results)}")
     sys.exit(0)
 
 
-def _report(step: int, results: dict[str, dict[str, Any]], out: str | None) -> None:
-    if "loss" in results:
-        found = results["loss"]
-        print(f"step {step}: loss {found['loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits per byte")
-    if "sample" in results:
-        found = results["sample"]
-        print(
-            f"--- {found['prompt']!r} continued by {found['tokens']} tokens\n{found['prompt']}{found['continuation']}"
-        )
-    if out:
-        from etils import epath
-
-        epath.Path(out).write_text(json.dumps({"step": step, "tasks": results}, indent=2) + "\n")
+def _print_samples(results: "Mapping[str, TaskResult]") -> None:
+    for record in results["sample"].records if "sample" in results else ():
+        print(f"--- {record['prompt']!r} continued by {record['tokens']} tokens")
+        print(f"{record['prompt']}{record['continuation']}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +14,30 @@ from iha_jax.data.rows import Rows
 from iha_jax.parallel.mesh import local_rows, place_batch
 
 
+@dataclass(frozen=True)
+class RowSums:
+    """Sums over the counted tokens of each row (`nll` in nats, `tokens`, `text_bytes`: float64 [R]) and of each reach
+    (float64 [K]), as `training.step.make_eval_step` defines them. Rows without a counted token are left out."""
+
+    rows: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    text_bytes: np.ndarray
+    reach_nll: np.ndarray
+    reach_tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """`summed nll / (ln 2 * bytes the counted targets stand for)`: comparable across tokenizers. The document
+        separator costs nats and stands for no bytes."""
+        return float(self.nll.sum() / (math.log(2) * self.text_bytes.sum()))
+
+
 def evaluate(
     eval_step: Callable[[Any, Any, Any], Any],
     parameters: Any,
@@ -22,23 +47,26 @@ def evaluate(
     *,
     batch_size: int,
     num_rows: int | None,
-) -> dict[str, float]:
-    """Mean loss in nats a token, and bits per UTF-8 byte, over all counted tokens of `validation_batches`.
-
-    `bits_per_byte = summed nll / (ln 2 * bytes the counted targets stand for)`: comparable across tokenizers. The
-    document separator costs nats and stands for no bytes.
+) -> RowSums:
+    """The jitted `eval_step` over all batches of `validation_batches`.
 
     Raises:
       ValueError: when the rows hold no counted token.
     """
-    nll = tokens = text_bytes = 0.0
-    lengths = np.asarray(byte_lengths, np.int32)
-    here = local_rows(mesh, batch_size)
+    lengths, here = np.asarray(byte_lengths, np.int32), local_rows(mesh, batch_size)
+    found = []
     for batch in validation_batches(rows, batch_size=batch_size, num_rows=num_rows, local_rows=here):
-        sums = jax.device_get(eval_step(parameters, place_batch(batch, mesh, batch_size), lengths))
-        nll += float(sums["nll"])
-        tokens += float(sums["tokens"])
-        text_bytes += float(sums["text_bytes"])
-    if not tokens or not text_bytes:
+        found.append(jax.device_get(eval_step(parameters, place_batch(batch, mesh, batch_size), lengths)))
+
+    def of_rows(name: str) -> np.ndarray:
+        return np.concatenate([sums[name] for sums in found]).astype(np.float64)
+
+    def of_reaches(name: str) -> np.ndarray:
+        return np.sum([sums[name] for sums in found], axis=0, dtype=np.float64)
+
+    nll, tokens, text_bytes = of_rows("nll"), of_rows("tokens"), of_rows("text_bytes")
+    counted = np.flatnonzero(tokens)
+    if not counted.size or not text_bytes.any():
         raise ValueError("the validation rows hold no token to predict; choose another split or more eval_rows")
-    return {"loss": nll / tokens, "bits_per_byte": nll / (math.log(2) * text_bytes)}
+    sums = nll[counted], tokens[counted], text_bytes[counted]
+    return RowSums(counted, *sums, of_reaches("reach_nll"), of_reaches("reach_tokens"))

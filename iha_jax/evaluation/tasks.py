@@ -10,7 +10,10 @@ from iha_jax.comparison.statistics import estimate
 from iha_jax.evaluation.text_model import Sampling, TextModel
 
 # Task: where its function `(model: TextModel, options: Options) -> TaskResult` is, imported when asked for.
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "loss": "iha_jax.evaluation.validation_loss:loss_task",
+    "sample": "iha_jax.evaluation.sample:sample_task",
+}
 PREFIXES: dict[str, str] = {}  # the same for "prefix:<name>", whose function takes the name first
 
 
@@ -30,6 +33,8 @@ class Options:
     chat: bool = False  # prompts as the user's turn of a conversation
     lengths: tuple[int, ...] = ()  # of prompts, in tokens
     allow_code_execution: bool = False
+    prompt: str = "def "  # what `sample` continues
+    eval_rows: int | None = None  # of `loss`; 0: all; None: as in training
 
     def sampling(self, default: Sampling) -> Sampling:
         """The task's own way of sampling, with what the command line says instead."""
@@ -69,8 +74,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean over independent examples, such as accuracies of problems (Student t).
 
     Of several samples of a problem take their mean first: samples of one problem are not independent. Where all values
-    are the same the interval that spread gives is empty; then it is Wilson's for 0 or n successes of n (values 0 and 1).
-    NaN for one value that is neither.
+    are 0 or all are 1 they have no spread, and the interval is Wilson's for 0 or n successes of n. NaN for one other
+    value.
     """
     n = len(values)
     found = estimate(values)

@@ -7,6 +7,8 @@ order, and so not on the mesh. The number of elements is not in the sum: shapes 
 """
 
 import functools
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -72,3 +74,14 @@ def inspect(named: dict[str, Array]) -> tuple[dict[str, int], list[str]]:
     alone = all(len(x.sharding.device_set) == 1 for x in named.values())
     prints, finite = jax.device_get(_inspect(named, in_pieces=alone))
     return {name: int(x) for name, x in prints.items()}, sorted(n for n, ok in finite.items() if not np.asarray(ok))
+
+
+def tree_digest(tree: Any) -> str:
+    """SHA-256 of the names, shapes, dtypes and fingerprints of all arrays of a tree: which parameters these are.
+
+    The same on every mesh. Waits for the arrays.
+    """
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+    prints, _ = inspect(named)
+    facts = [[name, list(x.shape), str(x.dtype), prints[name]] for name, x in sorted(named.items())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

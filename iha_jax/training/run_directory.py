@@ -210,7 +210,7 @@ def _provenance() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "host": socket.gethostname(),
-        "code": _code_revision(),
+        "code": code_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -228,7 +228,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _code_revision() -> dict[str, Any]:
+def code_revision() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from iha_jax.config import Config
 from iha_jax.model import bind, initialize
 from iha_jax.parallel.mesh import batch_sharding, replicated
-from iha_jax.training.loss import summed_loss
+from iha_jax.training.loss import summed_loss, token_losses
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -98,18 +98,43 @@ def lower_train_step(
 
 
 def make_eval_step(config: Config) -> Callable[[State, Batch, jax.Array], dict[str, jax.Array]]:
-    """Returns `step(parameters, batch, byte_lengths) -> {"nll", "tokens", "text_bytes"}`, sums over the counted tokens.
+    """Returns `step(parameters, batch, byte_lengths)`: sums over the counted tokens of each row and of each reach.
 
-    `nll` is the negative log-likelihood in nats (float32); the others are exact counts (int32) over the whole batch,
-    whatever processes hold its rows: targets, and the bytes they stand for (`byte_lengths` int32 [V]).
+    Of rows, each [B]: `nll`, the negative log-likelihood in nats (float32); `tokens` and `text_bytes` (int32), targets
+    and the bytes they stand for (`byte_lengths` int32 [V]). Of reaches, each [K]: `reach_nll`, `reach_tokens`, place k
+    for targets predicted from 2^k to 2^(k+1) - 1 visible tokens, K = floor(log2 N) + 1.
     """
+    K = config.model.context_length.bit_length()
 
     def step(parameters: State, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-        counted = batch["loss_mask"].astype(jnp.int32)
-        text_bytes = (byte_lengths[batch["targets"]] * counted).sum()
-        return {"nll": _summed(config, parameters, batch)[1], "tokens": counted.sum(), "text_bytes": text_bytes}
+        batch = batch | {"segment_ids": attended_segments(config, batch["segment_ids"])}
+        losses_BN = token_losses(bind(config.model, parameters), batch, chunk=config.training.loss_chunk)
+        counted_BN = batch["loss_mask"].astype(jnp.int32)
+        place_BN = 31 - jax.lax.clz(visible_tokens(batch["inputs"], batch["segment_ids"]))
+        place_BNK = jax.nn.one_hot(place_BN, K, dtype=jnp.int32) * counted_BN[..., None]
+        return {
+            "nll": losses_BN.sum(1),
+            "tokens": counted_BN.sum(1),
+            "text_bytes": (byte_lengths[batch["targets"]] * counted_BN).sum(1),
+            "reach_nll": jnp.sum(losses_BN[..., None] * place_BNK, axis=(0, 1)),
+            "reach_tokens": place_BNK.sum((0, 1)),
+        }
 
     return step
+
+
+def jit_eval_step(config: Config, mesh: Mesh) -> Callable[[State, Batch, jax.Array], dict[str, jax.Array]]:
+    """`make_eval_step`, jitted, its sums whole in every process."""
+    return jax.jit(make_eval_step(config), out_shardings=replicated(mesh))
+
+
+def visible_tokens(inputs_BN: jax.Array, segment_ids_BN: jax.Array | None) -> jax.Array:
+    """int32 [B, N]: how many tokens a global causal layer lets each token see: its segment's up to itself."""
+    place_BN = jnp.broadcast_to(jnp.arange(inputs_BN.shape[1], dtype=jnp.int32), inputs_BN.shape)
+    if segment_ids_BN is None:
+        return place_BN + 1
+    begins_BN = jnp.pad(segment_ids_BN[:, 1:] != segment_ids_BN[:, :-1], ((0, 0), (1, 0)))
+    return place_BN - jax.lax.cummax(jnp.where(begins_BN, place_BN, 0), axis=1) + 1
 
 
 def attended_segments(config: Config, segment_ids: jax.Array) -> jax.Array | None:

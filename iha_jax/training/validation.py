@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,7 +12,7 @@ from iha_jax.data.corpus import Corpus
 from iha_jax.evaluation.perplexity import evaluate
 from iha_jax.parallel.mesh import batch_shards
 from iha_jax.training.diagnostics import make_diagnostics
-from iha_jax.training.step import make_eval_step
+from iha_jax.training.step import jit_eval_step
 
 
 class Validation:
@@ -21,7 +20,7 @@ class Validation:
 
     def __init__(self, config: Config, corpus: Corpus, mesh: Mesh, before_batch: Callable[[], None]):
         self._config, self._corpus, self._mesh, self._before_batch = config, corpus, mesh, before_batch
-        self._eval_step = jax.jit(make_eval_step(config))
+        self._eval_step = jit_eval_step(config, mesh)
         self._diagnostics = make_diagnostics(config)
 
     def __call__(self, parameters: Any) -> dict[str, float]:
@@ -31,7 +30,7 @@ class Validation:
             self._before_batch()
             return self._eval_step(*arguments)
 
-        numbers = evaluate(
+        sums = evaluate(
             eval_step,
             parameters,
             self._corpus.validation,
@@ -44,4 +43,5 @@ class Validation:
         # The same row on every shard of the batch: what is found must not depend on the mesh.
         row = {name: np.repeat(x, batch_shards(self._mesh), axis=0) for name, x in first.items()}
         found = self._diagnostics(parameters, row["inputs"], row["segment_ids"])
+        numbers = {"loss": sums.loss, "bits_per_byte": sums.bits_per_byte}
         return numbers | {name: float(value) for name, value in found.items()}

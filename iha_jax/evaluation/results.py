@@ -1,0 +1,89 @@
+"""What an evaluation leaves: a JSON file of numbers, one JSONL file a task of its samples, a table on the terminal.
+
+Without `--out` they go to `evaluations/` of the run directory, where `compare` finds them: `step_<N>.json` and
+`step_<N>.<task>.jsonl`. Tasks evaluated later are added to the file of their step.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from iha_jax.data.storage import read_json, write_text
+from iha_jax.evaluation.run import Restored
+from iha_jax.evaluation.tasks import TaskResult
+from iha_jax.training.run_directory import code_revision
+
+FOLDER = "evaluations"
+
+
+def results_file(workdir: str, step: int) -> epath.Path:
+    return epath.Path(workdir) / FOLDER / f"step_{step}.json"
+
+
+def write_results(path: epath.Path, run: Restored, results: Mapping[str, TaskResult], *, add: bool) -> None:
+    """Writes the samples of each task beside `path`, and then `path`:
+
+        {"step": N, "checkpoint_digest": ..., "tasks": {task: {metric: value, ...,
+         "intervals": {metric: [low, high]}, "samples": n, "settings": {...}, "records": file name,
+         "command": ..., "date": ..., "code": ..., "device": ...}, ...}}
+
+    Numbers that are not finite are null. `add` keeps the other tasks of a file written for the same parameters.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {
+        "command": shlex.join(sys.argv),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "code": code_revision(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+    tasks = _tasks_of(path, run) if add else {}
+    for name, result in results.items():
+        records = path.with_name(f"{path.stem}.{name.replace(':', '_').replace('/', '_')}.jsonl")
+        lines = (json.dumps(_finite(record), ensure_ascii=False) for record in result.records)
+        write_text(records, "".join(f"{line}\n" for line in lines))
+        tasks[name] = {
+            **result.metrics,
+            "intervals": result.intervals,
+            "samples": len(result.records),
+            "settings": result.settings,
+            "records": records.name,
+            **told,
+        }
+    content = {"step": run.step, "checkpoint_digest": run.digest, "tasks": tasks}
+    write_text(path, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def _tasks_of(path: epath.Path, run: Restored) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    return dict(found["tasks"]) if found.get("checkpoint_digest") == run.digest else {}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(results: Mapping[str, TaskResult]) -> str:
+    """A line a metric: task, metric, value, 95 % interval, number of samples."""
+    lines = [("task", "metric", "value", "95 % interval", "samples")]
+    for name, result in results.items():
+        for metric, value in result.metrics.items():
+            low, high = result.intervals.get(metric, (math.nan, math.nan))
+            interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+            lines.append((name, metric, f"{value:.4f}", interval, str(len(result.records))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
