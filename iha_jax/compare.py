@@ -5,13 +5,14 @@ Trains every arm and seed of a comparison config that is not finished yet, each 
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from iha_jax.comparison.arms import Comparison, load_comparison, longer_runs, longer_steps, planned_runs
-from iha_jax.comparison.launch import FAILED, Launcher, check_runs, run_all
+from iha_jax.comparison.launch import FAILED, Launcher, check_runs, evaluate_all, run_all
 from iha_jax.comparison.report import report
 from iha_jax.comparison.results import read_results
 from iha_jax.comparison.runs import Run
@@ -37,6 +38,21 @@ def control_longer(comparison: Comparison, workdir: str, runs: Sequence[Run]) ->
     return longer_runs(comparison, runs, steps)
 
 
+def _run(comparison: Comparison, workdir: str, runs: Sequence[Run], flags: list[str], evaluation: list[str]) -> int:
+    """Trains what is not finished, the controls after it, and evaluates all if asked to. Returns the exit code."""
+    check_runs(workdir, runs)
+    with Launcher() as launcher:
+        code = run_all(workdir, runs, launcher, _say, flags=flags)
+        if not code and "longer" in comparison.controls:
+            longer = control_longer(comparison, workdir, runs)
+            check_runs(workdir, longer)
+            code = run_all(workdir, longer, launcher, _say, flags=flags)
+            runs = [*runs, *longer]
+        if not code and evaluation:
+            code = evaluate_all(workdir, runs, launcher, _say, flags=[*evaluation, *flags])
+    return code
+
+
 def _say(text: str) -> None:
     print(f"[compare] {text}", file=sys.stderr, flush=True)
 
@@ -52,21 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     parser.add_argument("--compilation_cache", default="", help=CACHE_HELP + " each run")
     parser.add_argument("--report_only", action="store_true", help="train nothing, rebuild the report")
+    parser.add_argument(
+        "--evaluate",
+        default="",
+        metavar="FLAGS",
+        help="of eval.py, for every finished run: '--tasks=loss,ruler --limit=9'",
+    )
     flags = parser.parse_args(rest)
     try:
         check_library(flags.workdir)
         comparison = load_comparison(flags.config)
         runs = planned_runs(comparison, overrides)
         if not flags.report_only:
-            check_runs(flags.workdir, runs)
             cache = [f"--compilation_cache={flags.compilation_cache}"] if flags.compilation_cache else []
-            with Launcher() as launcher:
-                code = run_all(flags.workdir, runs, launcher, _say, flags=cache)
-                if not code and "longer" in comparison.controls:
-                    longer = control_longer(comparison, flags.workdir, runs)
-                    check_runs(flags.workdir, longer)
-                    code = run_all(flags.workdir, longer, launcher, _say, flags=cache)
-            if code:
+            if code := _run(comparison, flags.workdir, runs, cache, shlex.split(flags.evaluate)):
                 sys.exit(code)
     except ValueError as error:
         refuse(error)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from iha_jax.evaluation.results import results_file, table, write_results
+from iha_jax.evaluation.results import table, write_results
 from iha_jax.evaluation.run import Restored
 from iha_jax.evaluation.tasks import PREFIXES, TASKS, Options, TaskResult, load_task, mean_interval
 from iha_jax.evaluation.text_model import Sampling
@@ -17,6 +17,7 @@ from iha_jax.evaluation.validation_loss import ratio_interval
 from iha_jax.model import bind, initialize
 from iha_jax.training.fingerprint import tree_digest
 from iha_jax.training.loss import summed_loss, token_losses
+from iha_jax.training.run_directory import evaluation_file
 from iha_jax.training.step import make_eval_step, visible_tokens
 from tests.tiny import tiny
 
@@ -99,18 +100,19 @@ def run_of(digest):
 
 
 def test_results_are_written_whole_and_later_tasks_added(tmp_path):
-    path = results_file(str(tmp_path), 4)
+    path = evaluation_file(str(tmp_path), 4)
     one = TaskResult({"score": 0.5, "nothing": math.nan}, {"score": (0.4, 0.6)}, {"seed": 1}, [{"id": 1}, {"id": 2}])
     other = TaskResult({"score": 0.25}, {}, {}, [{"x": math.inf}])
-    write_results(path, run_of("a"), {"one": one}, add=True)
-    write_results(path, run_of("a"), {"lm_eval:two": other}, add=True)
+    write_results(path, run_of("a"), {"one": one}, ["--limit=3"], add=True)
+    write_results(path, run_of("a"), {"lm_eval:two": other}, ["--limit=3"], add=True)
     found = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert found["step"] == 4
     assert found["checkpoint_digest"] == "a"
     first = found["tasks"]["one"]
     assert (first["score"], first["nothing"], first["samples"]) == (0.5, None, 2)
     assert first["intervals"] == {"score": [0.4, 0.6]}
-    assert {"command", "date", "code", "device"} < first.keys()
+    assert first["command"] == "eval.py --limit=3"
+    assert {"date", "code", "device"} < first.keys()
     assert [json.loads(line) for line in (path.parent / first["records"]).read_text().splitlines()] == [
         {"id": 1},
         {"id": 2},
@@ -118,9 +120,9 @@ def test_results_are_written_whole_and_later_tasks_added(tmp_path):
     second = found["tasks"]["lm_eval:two"]
     assert (path.parent / second["records"]).read_text() == '{"x": null}\n'
     # Other parameters under the same step: nothing of the old ones stays in the table.
-    write_results(path, run_of("b"), {"one": other}, add=True)
+    write_results(path, run_of("b"), {"one": other}, ["--limit=3"], add=True)
     assert json.loads(path.read_text())["tasks"].keys() == {"one"}
-    write_results(epath.Path(tmp_path / "out.json"), run_of("b"), {"one": one}, add=False)
+    write_results(epath.Path(tmp_path / "out.json"), run_of("b"), {"one": one}, ["--limit=3"], add=False)
     assert (tmp_path / "out.one.jsonl").exists()
 
 

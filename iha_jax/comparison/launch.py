@@ -14,7 +14,8 @@ from etils import epath
 
 from iha_jax.comparison.results import is_finished
 from iha_jax.comparison.runs import Run
-from iha_jax.training.run_directory import check_run
+from iha_jax.data.storage import read_json
+from iha_jax.training.run_directory import check_run, evaluation_file
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FAILED, PREEMPTED = 1, 75
@@ -83,8 +84,7 @@ def run_all(
     waiting = [run for run in runs if not is_finished(epath.Path(workdir) / run.folder)]
     if len(waiting) < len(runs):
         say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already")
-    cache = str((epath.Path(workdir) / ".jax_cache").resolve())
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ
+    environment = _environment(workdir)
     began, failed = time.monotonic(), {}
     for number, run in enumerate(waiting, 1):
         if launcher.interrupted:
@@ -111,3 +111,36 @@ def run_all(
         say("interrupted; the same command goes on from here")
         return PREEMPTED
     return 0 if not failed else PREEMPTED if set(failed.values()) == {PREEMPTED} else FAILED
+
+
+def _environment(workdir: str) -> dict[str, str]:
+    """All runs share compiled programs."""
+    cache = str((epath.Path(workdir) / ".jax_cache").resolve())
+    return {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | os.environ
+
+
+def evaluate_all(
+    workdir: str, runs: Sequence[Run], launcher: Launcher, say: Callable[[str], None], *, flags: Sequence[str]
+) -> int:
+    """Evaluates every finished run at its last step by `eval.py`'s command with `flags`, unless that very command has
+    been done. Returns 0, 75 when interrupted, or the exit code of the first that failed."""
+    for run in runs:
+        folder = epath.Path(workdir) / run.folder
+        command = [f"--workdir={folder}", *flags]
+        if launcher.interrupted:
+            break
+        if not is_finished(folder) or command in _commands(folder, run.config().training.steps):
+            continue
+        say(f"evaluating {run.folder}: {shlex.join(flags)}")
+        code = launcher([sys.executable, "-m", "iha_jax.evaluation", *command], _environment(workdir))
+        if code and not launcher.interrupted:
+            say(f"evaluating {run.folder} ended with exit code {code}")
+            return code if code > 0 else 128 - code
+    return PREEMPTED if launcher.interrupted else 0
+
+
+def _commands(folder: epath.Path, step: int) -> list[list[str]]:
+    """The arguments of the evaluations of a step that have been done."""
+    path = evaluation_file(folder, step)
+    tasks = read_json(path)["tasks"] if path.exists() else {}
+    return [shlex.split(task["command"])[1:] for task in tasks.values()]

@@ -6,6 +6,8 @@ from etils import epath
 
 from iha_jax.comparison import verdict
 from iha_jax.comparison.arms import Comparison, longer_runs
+from iha_jax.comparison.evaluations import NOTES as EVALUATION_NOTES
+from iha_jax.comparison.evaluations import markdown, read_evaluations, terminal
 from iha_jax.comparison.figure import draw
 from iha_jax.comparison.results import read_results
 from iha_jax.comparison.runs import Run
@@ -39,26 +41,35 @@ def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
     if best:
         words = verdict.choice(rows, best, runs)
         sections.append((f"Best of its {swept}", best, verdict.differences(best, comparison.arms[0]) + words))
+    evaluations, labels = read_evaluations(workdir, best or rows), [row.label for row in best or rows]
     remarks = [
         *verdict.mismatches(rows),
         *verdict.seeds(rows),
         *verdict.inconsistencies(found.usable, comparison),
         *verdict.left_out(found, comparison),
         *verdict.devices(found.usable),
+        *evaluations.remarks,
     ]
     folder = epath.Path(workdir)
-    (folder / "comparison.md").write_text(_markdown(sections, remarks), encoding="utf-8")
+    evaluated = markdown(evaluations, labels) if evaluations.cells else ""
+    (folder / "comparison.md").write_text(_markdown(sections, evaluated, remarks), encoding="utf-8")
     (folder / "comparison.csv").write_text(csv_text(found.results), encoding="utf-8")
     draw(best or rows, folder / "comparison.png")
     blocks = [block for title, part, words in sections for block in (title, terminal_table(part), "\n".join(words))]
+    if evaluations.cells:
+        blocks += [terminal(evaluations, labels), EVALUATION_NOTES]
     blocks += ["\n".join(remarks), NOTES, f"wrote {folder}/comparison.md, .csv and .png"]
     return "\n" + "\n\n".join(block for block in blocks if block)
 
 
-def _markdown(sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]], remarks: Sequence[str]) -> str:
+def _markdown(
+    sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]], evaluated: str, remarks: Sequence[str]
+) -> str:
     blocks = ["# Comparison", "![loss curves](comparison.png)"]
     for title, rows, words in sections:
         blocks += [f"## {title}" if title else "", markdown_table(rows), _bullets(words)]
+    if evaluated:
+        blocks += ["## Evaluations", evaluated, EVALUATION_NOTES]
     return "\n\n".join(block for block in [*blocks, _bullets(remarks), NOTES] if block) + "\n"
 
 

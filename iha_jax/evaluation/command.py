@@ -96,15 +96,17 @@ def _check(flags: argparse.Namespace) -> "tuple[list[str], Options]":
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 2 refused input, else a failure."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     flags = _parser().parse_args(arguments)
 
     from etils import epath
 
-    from iha_jax.evaluation.results import results_file, table, write_results
+    from iha_jax.evaluation.results import table, write_results
     from iha_jax.evaluation.run import RunModel, restore
     from iha_jax.evaluation.tasks import load_task
     from iha_jax.parallel.processes import agree, is_first
     from iha_jax.training.compilation_cache import use_cache
+    from iha_jax.training.run_directory import evaluation_file
 
     results: dict[str, TaskResult] = {}
     try:
@@ -114,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)
         model = RunModel(run, batch_size=flags.batch_size, too_long=flags.too_long)
-        path = epath.Path(flags.out) if flags.out else results_file(flags.workdir, run.step)
+        path = epath.Path(flags.out) if flags.out else evaluation_file(flags.workdir, run.step)
         for name in names:
             results[name] = load_task(name)(model, options)
             if is_first():  # after each task: a later one may fail
-                write_results(path, run, results, add=not flags.out)
+                write_results(path, run, results, arguments, add=not flags.out)
     except ValueError as error:
         refuse(error)
     if is_first():

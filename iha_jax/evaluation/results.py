@@ -7,9 +7,8 @@ Without `--out` they go to `evaluations/` of the run directory, where `compare` 
 import json
 import math
 import shlex
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +19,10 @@ from iha_jax.evaluation.run import Restored
 from iha_jax.evaluation.tasks import TaskResult
 from iha_jax.training.run_directory import code_revision
 
-FOLDER = "evaluations"
 
-
-def results_file(workdir: str, step: int) -> epath.Path:
-    return epath.Path(workdir) / FOLDER / f"step_{step}.json"
-
-
-def write_results(path: epath.Path, run: Restored, results: Mapping[str, TaskResult], *, add: bool) -> None:
+def write_results(
+    path: epath.Path, run: Restored, results: Mapping[str, TaskResult], flags: Sequence[str], *, add: bool
+) -> None:
     """Writes the samples of each task beside `path`, and then `path`:
 
         {"step": N, "checkpoint_digest": ..., "tasks": {task: {metric: value, ...,
@@ -38,7 +33,7 @@ def write_results(path: epath.Path, run: Restored, results: Mapping[str, TaskRes
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["eval.py", *flags]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code": code_revision(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

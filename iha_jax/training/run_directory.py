@@ -20,7 +20,7 @@ from iha_jax.config import Config, ConfigError, as_dict, resolve
 from iha_jax.data.storage import check_library, is_local, read_json, tidy, write_text
 from iha_jax.parallel.processes import agree, is_first
 
-CONFIG, PROVENANCE, CHECKPOINTS = "config.json", "provenance.json", "checkpoints"
+CONFIG, PROVENANCE, CHECKPOINTS, EVALUATIONS = "config.json", "provenance.json", "checkpoints", "evaluations"
 # Fields that cannot change a result: a used run directory accepts other values for them.
 FREE = frozenset(
     {
@@ -162,6 +162,11 @@ def _code_digest() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def evaluation_file(workdir: epath.PathLike, step: int) -> epath.Path:
+    """Where `eval.py` writes what it finds of a step."""
+    return epath.Path(workdir) / EVALUATIONS / f"step_{step}.json"
 
 
 def note_start(run: RunDirectory, facts: dict[str, Any]) -> None:
