@@ -29,7 +29,7 @@ def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chu
         return (totals[0] + objective, totals[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
-    xs = tuple(_chunked(x, chunk) for x in (hidden_BND, batch["targets"], batch["loss_mask"]))
+    xs = _chunked(hidden_BND, chunk), _chunked(batch["targets"], chunk), _chunked(batch["loss_mask"], chunk)
     return jax.lax.scan(step, (zero, zero), xs)[0]
 
 

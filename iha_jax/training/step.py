@@ -107,10 +107,11 @@ def make_eval_step(config: Config) -> Callable[[State, Batch, jax.Array], dict[s
     K = config.model.context_length.bit_length()
 
     def step(parameters: State, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-        batch = batch | {"segment_ids": attended_segments(config, batch["segment_ids"])}
-        losses_BN = token_losses(bind(config.model, parameters), batch, chunk=config.training.loss_chunk)
+        attended = attended_segments(config, batch["segment_ids"])
+        model = bind(config.model, parameters)
+        losses_BN = token_losses(model, batch | {"segment_ids": attended}, chunk=config.training.loss_chunk)
         counted_BN = batch["loss_mask"].astype(jnp.int32)
-        place_BN = 31 - jax.lax.clz(visible_tokens(batch["inputs"], batch["segment_ids"]))
+        place_BN = 31 - jax.lax.clz(visible_tokens(batch["inputs"], attended))
         place_BNK = jax.nn.one_hot(place_BN, K, dtype=jnp.int32) * counted_BN[..., None]
         return {
             "nll": losses_BN.sum(1),
