@@ -62,7 +62,7 @@ def evaluate(
         return np.concatenate([sums[name] for sums in found]).astype(np.float64)
 
     def of_reaches(name: str) -> np.ndarray:
-        return np.sum([sums[name] for sums in found], axis=0, dtype=np.float64)
+        return np.stack([sums[name] for sums in found]).astype(np.float64).sum(0)
 
     nll, tokens, text_bytes = of_rows("nll"), of_rows("tokens"), of_rows("text_bytes")
     counted = np.flatnonzero(tokens)
