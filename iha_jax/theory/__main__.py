@@ -1,7 +1,7 @@
 """`python -m iha_jax.theory [--out[=FILE.png]]`: every statement about IHA, checked by running its construction.
 
-Prints pass or FAIL for each, then heads and parameters against k and N_max. `--out` draws these, to docs/images/theory.png
-unless a file is named. Runs on the CPU in float64, in well under a minute.
+Prints pass or FAIL for each, then heads and parameters against k and N_max. `--out` draws these, to
+docs/images/theory.png unless a file is named. Everything is computed in float64.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""CPM-3, count permutation match-3, in one attention layer and an MLP (section 5.3 and its appendix).
+"""CPM-3, count permutation match-3, in one attention layer and an MLP (section 4 and the appendix of arXiv 2602.21371).
 
 The output at i is the number of ordered pairs `(j1, j2)` in `[N]^2` with `x_i + G x_{j1} + x_{j2} = 0 (mod M)`.
 
@@ -10,15 +10,17 @@ Hard attention over `X^ = [x, I]`, of width 1 + N for `N = N_max`, writes all cy
     IHA, H = P = ceil(sqrt(N))  W_Q^m = [0; C^{(m-1)H}],   W_K^m = [0; (C^{m-1})^T], W_V^m: H x to number m of H
                                 head h, number j: C^{(h-1)H + j-1} x;   2H(N + 1)N + (N + 1)H^2 + 4H^3 parameters
 
-with the mixing of `layers.routing_mixing`. Values are scaled by H because H pseudo-keys tie. (The paper writes `3 N^3` for
-MHA, W_V as wide as N; one number is enough.) The *MLP* then counts: for each of the N^2 pairs of shifts
-`z = x_i + g x_{j1} + x_{j2}`, `g = G` modulo M, and hats of ReLUs that are 1 at the multiples of M and 0 at other integers.
-It has `3 N^2 (N + 2)(T + 1)` parameters, T + 1 multiples: of order N^3, as MHA's attention is. So IHA's gain, N^2.5 against
-N^3, is in the attention alone; with the MLP both totals are of order N^3.
+with the mixing of `layers.routing_mixing`. Values are scaled by H because H pseudo-keys tie. (The paper writes `3 N^3`
+for MHA, W_V as wide as N; one number is enough.)
+
+The *MLP* then counts: for each of the N^2 pairs of shifts `z = x_i + g x_{j1} + x_{j2}`, `g = G` modulo M, and hats of
+ReLUs that are 1 at one of the T + 1 multiples of M and 0 at all other integers: `3 N^2 (N + 2)(T + 1)` parameters, of
+order N^3 as MHA's attention is. So IHA's gain, N^2.5 against N^3, is in the attention alone: with the MLP both totals
+are of order N^3, and MHA's is less than `1 + 2 / (3(T + 1))` times IHA's, whatever N.
 
 *Order.* Only G modulo M matters, so the paper's `G > 2M` does not make the count sensitive to order: `G = 1 (mod M)` is
-symmetric in j1 and j2. For tokens in [0, M) the exact condition is `gcd(G - 1, M) = 1` (two different tokens never match in
-both orders) and `G mod M != 0` (x_{j1} counts). It is required unless `require_order_sensitive=False`.
+symmetric in j1 and j2. For tokens in [0, M) the exact condition is `gcd(G - 1, M) = 1` (two different tokens never
+match in both orders) and `G mod M != 0` (x_{j1} counts). It is required unless `require_order_sensitive=False`.
 """
 
 import math
@@ -70,7 +72,7 @@ class Task:
         raise CPM3Error(
             f"G = {self.G} is not order-sensitive modulo M = {self.M}: gcd(G - 1, M) = {math.gcd(self.G - 1, self.M)}, "
             f"expected 1, and G mod M = {self.G % self.M}, expected not 0; nearest valid: "
-            + (" or ".join(map(str, near[:2])) or f"none for this M")
+            + (" or ".join(map(str, near[:2])) or "none for this M")
             + "; require_order_sensitive=False takes it as it is"
         )
 
@@ -84,24 +86,32 @@ class Task:
         """Stands for a missing token: so far below 0 that no pair with it reaches the multiples of M, from 0 on."""
         return -(self.factor + 2) * self.M
 
-    def check(self, sequences: np.ndarray) -> None:
-        """Raises CPM3Error unless `sequences` are integers [B, N] in [0, M) with 1 <= N <= N_max."""
+    def padded(self, sequences: np.ndarray) -> np.ndarray:
+        """Integers [B, N] with `padding` at the end: [B, N_max]. Rows may end in padding already. Raises CPM3Error.
+
+        Tokens are in [0, M), at least one a row, at most N_max.
+        """
         if sequences.ndim != 2 or 0 in sequences.shape or not np.issubdtype(sequences.dtype, np.integer):
-            raise CPM3Error(
-                f"sequences are {sequences.dtype}{list(sequences.shape)}; expected integers [B, N], not empty"
-            )
+            found = f"{sequences.dtype} {list(sequences.shape)}"
+            raise CPM3Error(f"sequences are {found}; expected integers [B, N], not empty")
         if sequences.shape[1] > self.N_max:
             raise CPM3Error(f"sequences have {sequences.shape[1]} tokens; expected at most N_max = {self.N_max}")
-        wrong = sequences[(sequences < 0) | (sequences >= self.M)]
+        missing = sequences == self.padding
+        wrong = sequences[((sequences < 0) | (sequences >= self.M)) & ~missing]
         if wrong.size:
             raise CPM3Error(f"token {wrong[0]} is out of range; expected 0 to M - 1 = {self.M - 1}")
+        if missing[:, 0].any() or (missing[:, :-1] & ~missing[:, 1:]).any():
+            raise CPM3Error(f"padding ({self.padding}) at the start of a sequence or inside; expected at its end alone")
+        return np.pad(sequences, ((0, 0), (0, self.N_max - sequences.shape[1])), constant_values=self.padding)
 
 
 def brute_force(task: Task, sequences: np.ndarray) -> np.ndarray:
-    """The counts by definition: integers [B, N] to [B, N]. Raises CPM3Error."""
-    task.check(sequences)
-    i, j1, j2 = sequences[:, :, None, None], sequences[:, None, :, None], sequences[:, None, None, :]
-    return ((i + task.G * j1 + j2) % task.M == 0).sum((2, 3))
+    """The counts by definition: integers [B, N] to [B, N_max], 0 at padding. Raises CPM3Error."""
+    x = task.padded(sequences)
+    here = x != task.padding
+    i, j1, j2 = x[:, :, None, None], x[:, None, :, None], x[:, None, None, :]
+    pairs = here[:, :, None, None] & here[:, None, :, None] & here[:, None, None, :]
+    return (((i + task.G * j1 + j2) % task.M == 0) & pairs).sum((2, 3))
 
 
 def iha_heads(N_max: int) -> int:
@@ -136,12 +146,10 @@ def iha_construction(N: int) -> tuple[HeadWeights, Mixing]:
 
 
 def with_positions(task: Task, sequences: np.ndarray) -> jax.Array:
-    """`X^ = [x, I]` [B, N_max, 1 + N_max], shorter sequences padded at the end. Raises CPM3Error."""
-    task.check(sequences)
-    B, N = sequences.shape
-    padded = np.pad(sequences.astype(float), ((0, 0), (0, task.N_max - N)), constant_values=task.padding)
-    positions = np.broadcast_to(np.eye(task.N_max), (B, task.N_max, task.N_max))
-    return jnp.asarray(np.concatenate([padded[..., None], positions], axis=-1))
+    """`X^ = [x, I]` [B, N_max, 1 + N_max], x padded. Raises CPM3Error."""
+    x = task.padded(sequences).astype(float)
+    positions = np.broadcast_to(np.eye(task.N_max), (*x.shape, task.N_max))
+    return jnp.asarray(np.concatenate([x[..., None], positions], axis=-1))
 
 
 def workspace_by_mha(task: Task, sequences: np.ndarray, attend: Attention = hard_attention) -> jax.Array:
@@ -169,7 +177,7 @@ def hats(task: Task) -> int:
 
 
 def counting_mlp(task: Task) -> CountingMLP:
-    """For each pair of shifts and multiple tM, `relu(z - tM + 1) - 2 relu(z - tM) + relu(z - tM - 1)`: U = 3 N^2 (T + 1)."""
+    """For each pair of shifts and multiple tM: `relu(z - tM + 1) - 2 relu(z - tM) + relu(z - tM - 1)`."""
     N, kinks = task.N_max, [t * task.M + side for t in range(hats(task)) for side in (-1, 0, 1)]
     pairs = np.zeros((N, N, N))  # what of the row goes into z, for shifts a and b
     pairs[0] += 1
@@ -180,6 +188,7 @@ def counting_mlp(task: Task) -> CountingMLP:
     return CountingMLP(hidden, -np.tile(kinks, N * N).astype(float), np.tile([1.0, -2.0, 1.0], N * N * hats(task)))
 
 
+@jax.jit
 def count_matches(workspace: jax.Array, mlp: CountingMLP) -> jax.Array:
     """The MLP at every position: [B, N_max, N_max] to [B, N_max]."""
     hidden, bias, output = (jnp.asarray(part) for part in mlp)
@@ -187,7 +196,7 @@ def count_matches(workspace: jax.Array, mlp: CountingMLP) -> jax.Array:
 
 
 def counts_by_mha(task: Task, sequences: np.ndarray, attend: Attention = hard_attention) -> np.ndarray:
-    """Workspace, then MLP: [B, N], as `brute_force` gives where attention is hard. Raises CPM3Error."""
+    """Workspace, then MLP: [B, N_max], as `brute_force` gives where attention is hard. Raises CPM3Error."""
     return _counts(task, sequences, workspace_by_mha(task, sequences, attend))
 
 
@@ -197,7 +206,9 @@ def counts_by_iha(task: Task, sequences: np.ndarray, attend: Attention = hard_at
 
 
 def _counts(task: Task, sequences: np.ndarray, workspace: jax.Array) -> np.ndarray:
-    return np.asarray(count_matches(workspace, counting_mlp(task)))[:, : sequences.shape[1]]
+    """Positions of padding are no part of the task: what the MLP says there is dropped."""
+    counts = np.asarray(count_matches(workspace, counting_mlp(task)))
+    return np.where(task.padded(sequences) == task.padding, 0, counts)
 
 
 def mha_parameters(N: int) -> int:

@@ -97,7 +97,8 @@ def _slopes(size: str, rows: Sequence[Growth]) -> str:
     names = ("mha_heads", "iha_heads", "mha_parameters", "iha_parameters")
     found = [exponent(rows, name) for name in names]
     return (
-        f"exponents in {size}, fitted to {', '.join(map(str, FITTED))}: heads {found[0]:.2f} (MHA), {found[1]:.2f} (IHA); "
+        f"exponents in {size}, fitted to {', '.join(map(str, FITTED))}: "
+        f"heads {found[0]:.2f} (MHA), {found[1]:.2f} (IHA); "
         f"attention parameters {found[2]:.2f} (MHA), {found[3]:.2f} (IHA)"
     )
 

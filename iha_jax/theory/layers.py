@@ -1,7 +1,7 @@
 """The attention layers of the constructions: MHA and IHA, bidirectional, no RoPE, with any attention between.
 
     MHA   out[n, h] = attend(x W_Q^h, x W_K^h, x W_V^h)[n]
-    IHA   out[n, g] = sum_{h,p} R[g, h, p] attend(q~, k~, v~)[n*P + p, h],   q~ = interleave(mix_heads(x W_Q, alpha_q)), ...
+    IHA   out[n, g] = sum_{h,p} R[g, h, p] attend(q~, k~, v~)[n*P + p, h],  q~ = interleave(mix_heads(x W_Q, alpha_q))
 
 There is no output projection: heads are concatenated. Arrays are computed in float64 under `jax.enable_x64(True)`, as
 `python -m iha_jax.theory` does, else in float32.
@@ -10,10 +10,12 @@ Shapes: B batch, N tokens, D model width, H heads, P pseudo-heads, d query and k
 keys of one head, tokens or virtual tokens.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -89,11 +91,14 @@ def project(x: Float[Array, "B N D"], weights: HeadWeights) -> tuple[Array, Arra
     return q, k, v
 
 
+# Compiled once for each shape: operation by operation, the compilations take most of the time.
+@functools.partial(jax.jit, static_argnames="attend")
 def multi_head_layer(x: Float[Array, "B N D"], weights: HeadWeights, attend: Attention) -> Float[Array, "B N H e"]:
     """MHA before the heads are concatenated."""
     return attend(*project(x, weights))
 
 
+@functools.partial(jax.jit, static_argnames="attend")
 def interleaved_layer(
     x: Float[Array, "B N D"], weights: HeadWeights, mixing: Mixing, attend: Attention
 ) -> Float[Array, "B N H e"]:
@@ -107,7 +112,7 @@ def interleaved_layer(
 
 
 def routing_mixing(H: int) -> Mixing:
-    """The mixing of both constructions of section 5, `P = H`: one query against all H keys, each with its own value.
+    """The mixing of both constructions, `P = H`: one query against all H keys, each with its own value.
 
     `alpha_q[m, h, j] = [m = h][j = 1]`, `alpha_k[m, h, j] = alpha_v[m, h, j] = [m = j]`, `R[g, h, j] = [g = h][j = 1]`.
     Head h then has the query of head h in its first pseudo-head and the key and value of head j in its j-th.

@@ -1,6 +1,7 @@
-"""Polynomial filters `[X, A X, ..., A^{k-1} X]` in one layer of linear attention (section 5.2 and its appendix).
+"""Polynomial filters `[X, A X, ..., A^{k-1} X]` in one layer of linear attention.
 
-`A [N, N]` of full rank, `X [N, r]`; the layer reads `X^ = [X, I]`, of width r + N, and has no softmax. With heads from 1,
+Section 4 and the appendix of arXiv 2602.21371. `A [N, N]` of full rank, `X [N, r]`; the layer reads
+`X^ = [X, I]`, of width r + N, and has no softmax. Heads from 1:
 
     MHA, k heads                 W_Q^h = [0; A^{h-1}],      W_K^h = [0; I],           W_V^h = [I; 0]
                                  head h: A^{h-1} X;         2N(N + r)k + r(N + r)k parameters
@@ -10,11 +11,12 @@
 with the mixing of `layers.routing_mixing`. The first k of IHA's H^2 blocks are the filters.
 
 *Lower bound*, for layers whose attention matrices M do not depend on X and whose values read X alone, as in both
-constructions: the layer computes `sum_h M_h X B_h`, the filters are `sum_i A^i X E_i` with independent `E_i`, so the span
-of the M_h must hold every power, and its dimension must reach the rank of the k vectors `vec(A^i)`. H heads of MHA span at
-most H dimensions, and of IHA, whose H P^2 matrices are all sums of the H^2 products `Q^m (K^m')^T`, at most H^2. That rank
-is `min(k, degree of the minimal polynomial of A)`: full rank of A, the paper's condition, does not make it k. For A = I one
-head is enough for any k, and with wider values N heads are for any A.
+constructions: the layer computes `sum_h M_h X B_h`, the filters are `sum_i A^i X E_i` with independent `E_i`, so the
+span of the M_h must hold every power: its dimension must reach the rank of the k vectors `vec(A^i)`. H heads of MHA
+span at most H dimensions, and of IHA, whose H P^2 matrices are sums of the H^2 products `Q^m (K^m')^T`, at most H^2.
+That rank is `min(k, degree of the minimal polynomial of A)`: full rank of A, the paper's condition, does not make it k.
+For A = I one head is enough for any k, and with wider values N heads are for any A. Layers whose scores read X too are
+outside this argument.
 """
 
 import math
@@ -265,7 +267,7 @@ def check_crossover() -> Outcome:
     holds = sizes[1] is None and sizes[2] is None
     for k, size in sizes.items():
         cheaper = [iha_parameters(N, 1, k) < mha_parameters(N, 1, k) for N in range(1, 100)]
-        holds &= cheaper == [size is not None and N >= size for N in range(1, 100)]
+        holds &= cheaper == [size is not None and size <= N for N in range(1, 100)]
     return Outcome(
         holds, f"r = 1: fewer parameters from N = {', '.join(f'{n} (k = {k})' for k, n in sizes.items() if n)}"
     )
@@ -275,8 +277,9 @@ STATEMENTS = (
     Statement("polynomial filters: k heads of MHA and ceil(sqrt(k)) of IHA compute them", check_reconstruction),
     Statement("polynomial filters: closed forms for heads and parameters equal the arrays", check_parameters),
     Statement(
-        "polynomial filters: MHA needs k heads when the k powers are independent, IHA sqrt(k)", check_lower_bound
+        "polynomial filters: k independent powers need k heads of MHA, sqrt(k) of IHA (scores blind to X)",
+        check_lower_bound,
     ),
-    Statement("polynomial filters: full rank of A is not enough for that", check_full_rank_is_not_enough),
+    Statement("polynomial filters: full rank of A does not make its powers independent", check_full_rank_is_not_enough),
     Statement("polynomial filters: IHA is smaller from a crossover size on", check_crossover),
 )
