@@ -20,6 +20,7 @@ from iha_jax.theory.statements import Outcome, Statement
 WORKED_EXAMPLE = np.array([[1, 2, 3, 4]])
 APPENDIX_EXAMPLE = np.array([1, 2, 3])  # with G = 10, counts 3
 TOLERANCE = 1e-12
+N_MAX = (1, 3, 5, 6)  # for all workspaces; perfect squares, or not
 
 
 def all_sequences(task: Task) -> np.ndarray:
@@ -39,20 +40,18 @@ def check_workspace() -> Outcome:
     example = [np.asarray(build(task, WORKED_EXAMPLE))[0] for build in (cpm3.workspace_by_mha, cpm3.workspace_by_iha)]
     rows = [[1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1, 2], [4, 1, 2, 3]]
     holds &= all(np.array_equal(rows, found) for found in example)
-    for N_max in (1, 2, 3, 5, 6):
+    for N_max in N_MAX:
         task = Task(M=3, G=8, N_max=N_max)
         sequences = all_sequences(task)
         for build in (cpm3.workspace_by_mha, cpm3.workspace_by_iha):
             holds &= np.array_equal(build(task, sequences), cyclic_shifts(task, sequences))
     shown = ", ".join("".join(f"{token:.0f}" for token in row) for row in example[1])
-    return Outcome(
-        bool(holds), f"(1, 2, 3, 4): rows {shown}; all sequences of up to N_max tokens, N_max = 1, 2, 3, 5, 6"
-    )
+    return Outcome(bool(holds), f"(1, 2, 3, 4): rows {shown}; all sequences of up to N_max tokens, N_max in {N_MAX}")
 
 
 def check_counts() -> Outcome:
     """Equal to brute force for all sequences of up to N_max tokens, and every order-sensitive G modulo M."""
-    compared, holds, sizes = 0, True, ((3, 6), (4, 5), (5, 4), (7, 3))
+    compared, holds, sizes = 0, True, ((3, 6), (4, 5), (5, 4))
     for M, N_max in sizes:
         for G in (G for G in range(2 * M + 1, 3 * M + 1) if cpm3.is_order_sensitive(G, M)):
             task = Task(M, G, N_max)
@@ -72,7 +71,7 @@ def softened(workspace: np.ndarray, inverse_temperature: float) -> np.ndarray:
 
 def check_temperature() -> Outcome:
     """Softmax at factor b has the closed form above, for MHA and IHA alike, and tends to the exact counts."""
-    task, b_values = Task(M=4, G=10, N_max=5), (1.0, 5.0, 10.0, 20.0, 30.0)
+    task, b_values = Task(M=4, G=10, N_max=5), (1.0, 10.0, 30.0)
     sequences = all_sequences(task)[::7]
     expected, counts = cyclic_shifts(task, sequences), cpm3.brute_force(task, sequences)
     worst, errors = 0.0, []
