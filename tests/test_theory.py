@@ -1,8 +1,10 @@
 """The theory: every statement holds, closed forms by hand, wrong constructions are caught, bad input is named."""
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,11 @@ def float64():
         yield
 
 
-@pytest.mark.parametrize("statement", command.STATEMENTS, ids=lambda statement: statement.check.__name__)
+def name(statement):
+    return f"{statement.check.__module__.rpartition('.')[2]}.{statement.check.__name__}"
+
+
+@pytest.mark.parametrize("statement", command.STATEMENTS, ids=name)
 def test_the_statement_holds(statement):
     outcome = statement.outcome()
     assert outcome.holds, outcome.evidence
@@ -200,6 +206,28 @@ def test_layers_agree_with_the_mechanism():
         superset.public_interleaved_layer(x, weights, mixing),
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("H", [2, 3])
+def test_a_per_head_collapse_is_enough_for_the_constructions(H):
+    task, mixing = Task(M=3, G=8, N_max=H * H), routing_mixing(H)
+    assert mixing.collapse.size + 3 * H**3 == 4 * H**3
+    per_head = mixing._replace(collapse=mixing.collapse[np.arange(H), np.arange(H)])
+    weights, x = cpm3.iha_construction(H * H)[0], cpm3.with_positions(task, np.arange(H * H)[None] % 3)
+    np.testing.assert_array_equal(
+        interleaved_layer(x, weights, per_head, hard_attention), interleaved_layer(x, weights, mixing, hard_attention)
+    )
+
+
+def test_the_paper_notes_name_every_statement_and_tests_that_exist():
+    tests = Path(__file__).parent
+    notes = (tests.parent / "docs" / "paper_notes.md").read_text()
+    statements = {name(statement) for statement in command.STATEMENTS}
+    assert set(re.findall(r"`(\w+\.check_\w+)`", notes)) == statements
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", notes)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}(" in (tests / file).read_text(), (file, test)
 
 
 # Figures by hand, bad input, the command.

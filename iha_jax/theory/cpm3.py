@@ -1,4 +1,4 @@
-"""CPM-3, count permutation match-3, in one attention layer and an MLP (section 4 and the appendix of arXiv 2602.21371).
+"""CPM-3, count permutation match-3, in one attention layer and an MLP (section 4 and appendix B of arXiv 2602.21371).
 
 The output at i is the number of ordered pairs `(j1, j2)` in `[N]^2` with `x_i + G x_{j1} + x_{j2} = 0 (mod M)`.
 

@@ -137,5 +137,6 @@ def draw(path: Path) -> None:
         panel.title.set_fontsize(10)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
+    figure.suptitle(f"Closed forms; slopes fitted to {', '.join(map(str, FITTED))}", fontsize=9)
     with path.open("wb") as file:
         figure.savefig(file, format="png")

@@ -1,6 +1,6 @@
 """Polynomial filters `[X, A X, ..., A^{k-1} X]` in one layer of linear attention.
 
-Section 4 and the appendix of arXiv 2602.21371. `A [N, N]` of full rank, `X [N, r]`; the layer reads
+Section 4 and appendix B of arXiv 2602.21371. `A [N, N]` of full rank, `X [N, r]`; the layer reads
 `X^ = [X, I]`, of width r + N, and has no softmax. Heads from 1:
 
     MHA, k heads                 W_Q^h = [0; A^{h-1}],      W_K^h = [0; I],           W_V^h = [I; 0]

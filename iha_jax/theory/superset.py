@@ -1,4 +1,4 @@
-"""IHA contains MHA, strictly for P >= 2 (section 4 and the appendix of arXiv 2602.21371): no mask, no RoPE, softmax.
+"""IHA contains MHA, strictly for P >= 2 (section 4 and appendix B of arXiv 2602.21371): no mask, no RoPE, softmax.
 
 *Contained.* `alpha_q = alpha_k = alpha_v = [m = h]` for every pseudo-head, `R[g, h, p] = [g = h][p = p0]`: each of the
 N tokens appears P times with equal keys and values, so every softmax weight is split into P equal ones; the sum stays.
