@@ -19,6 +19,7 @@ For A = I one head is enough for any k, and with wider values N heads are for an
 outside this argument.
 """
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -265,9 +266,10 @@ def check_crossover() -> Outcome:
     """IHA has fewer parameters from the crossover size on, more or as many below it, and never for k <= 2."""
     sizes = {k: crossover_size(1, k) for k in (1, 2, 3, 4, 5, 9, 16, 64, 256)}
     holds = sizes[1] is None and sizes[2] is None
-    for k, size in sizes.items():
-        cheaper = [iha_parameters(N, 1, k) < mha_parameters(N, 1, k) for N in range(1, 100)]
-        holds &= cheaper == [size is not None and size <= N for N in range(1, 100)]
+    for r, k in itertools.product((1, 3, 7), sizes):
+        size = crossover_size(r, k)
+        cheaper = [iha_parameters(N, r, k) < mha_parameters(N, r, k) for N in range(1, 200)]
+        holds &= cheaper == [size is not None and size <= N for N in range(1, 200)]
     return Outcome(
         holds, f"r = 1: fewer parameters from N = {', '.join(f'{n} (k = {k})' for k, n in sizes.items() if n)}"
     )

@@ -70,7 +70,7 @@ def on_repeated_token(
 def deviation_from_linearity(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
     """`max |f(2x - 3y) - 2 f(x) + 3 f(y)|`, relative to the largest of these terms; 0 for a linear f.
 
-    Additivity alone is not enough: `tanh(<q, k> / sqrt(d)) v` is odd in x, so `f(-x) = -f(x)` holds for it.
+    A change of sign alone would not tell: `tanh(<q, k> / sqrt(d)) v` is odd in x as linear maps are.
     """
     terms = function(2 * x - 3 * y), 2 * function(x), 3 * function(y)
     return float(np.abs(terms[0] - terms[1] + terms[2]).max() / max(np.abs(term).max() for term in terms))
