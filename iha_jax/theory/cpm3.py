@@ -63,7 +63,7 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("M", "G", "N_max"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise CPM3Error(f"{name} = {value!r}; expected an integer of at least 1")
         if not self.require_order_sensitive or is_order_sensitive(self.G, self.M):
             return
