@@ -10,8 +10,13 @@ from iha_jax.comparison.statistics import estimate
 from iha_jax.evaluation.text_model import Sampling, TextModel
 
 # Task: where its function `(model: TextModel, options: Options) -> TaskResult` is, imported when asked for.
-TASKS: dict[str, str] = {}
-PREFIXES: dict[str, str] = {}  # the same for "prefix:<name>", whose function takes the name first
+TASKS: dict[str, str] = {
+    "ruler": "iha_jax.evaluation.ruler.task:ruler",
+}
+# The same for "prefix:<name>", whose function takes the name first.
+PREFIXES: dict[str, str] = {
+    "ruler": "iha_jax.evaluation.ruler.task:ruler_subtask",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,398 @@
+"""RULER: lengths, answers that are in the prompts, scores, bad input."""
+
+import collections
+import dataclasses
+import importlib.resources
+import itertools
+import json
+import re
+
+import pytest
+
+from iha_jax.data.tokenizers import Bytes, load_tokenizer
+from iha_jax.evaluation.ruler.definition import SUBTASKS
+from iha_jax.evaluation.ruler.length import largest_fitting
+from iha_jax.evaluation.ruler.material import load_material, made_words
+from iha_jax.evaluation.ruler.sample import Draw
+from iha_jax.evaluation.ruler.scoring import average_interval, string_match
+from iha_jax.evaluation.ruler.task import GENERATORS, DoesNotFitError, samples
+from iha_jax.evaluation.tasks import Options, load_task
+from iha_jax.evaluation.text_model import STOP, Completion, Sample
+from tests import tiny_tokenizers
+
+NAMES = list(SUBTASKS)
+
+
+def squad(articles=3, paragraphs=4):
+    def paragraph(a, p):
+        text = f"Article {a}, paragraph {p}: the color of house {a}-{p} is shade{a}{p}."
+        asked = {"question": f"What is the color of house {a}-{p}?", "is_impossible": False}
+        answers = [{"text": f"shade{a}{p}"}, {"text": f"the color shade{a}{p}"}]
+        never = {"question": "Why?", "is_impossible": True, "answers": []}
+        return {"context": text, "qas": [never, asked | {"answers": answers}]}
+
+    return {"data": [{"paragraphs": [paragraph(a, p) for p in range(paragraphs)]} for a in range(articles)]}
+
+
+def hotpotqa(records=5):
+    def context(i):
+        return [[f"Town {j}", [f"Town {j} lies on river {j}. ", f"It has {j + 20} bridges."]] for j in (i, i + 1)]
+
+    return [
+        {"question": f"How many bridges has the town on river {i}?", "answer": str(i + 20), "context": context(i)}
+        for i in range(records)
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    files = {"squad": folder / "squad.json", "hotpotqa": folder / "hotpotqa.json", "essays": folder / "essays.txt"}
+    files["squad"].write_text(json.dumps(squad()))
+    files["hotpotqa"].write_text(json.dumps(hotpotqa()))
+    files["essays"].write_text("One idea is this.  Another is\nnot! (Is it?) So it goes on, and so on. " * 7)
+    return {name: str(path) for name, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def material(data):
+    return load_material(frozenset(["words", "essays", "squad", "hotpotqa"]), data)
+
+
+@pytest.fixture(scope="module", params=["bytes", "byte-level"])
+def tokenizer(request, tmp_path_factory):
+    if request.param == "bytes":
+        return Bytes()
+    return load_tokenizer(tiny_tokenizers.huggingface(request.param, tmp_path_factory.mktemp("tokenizer")))
+
+
+def solve(prompt):
+    """The answers, read from the prompt alone; questions about documents by what the fixtures' sentences say."""
+    if "special magic" in prompt:
+        asked = re.search(
+            r"(\w+?)s? for (.*) mentioned in the provided text (?:is|are)$", prompt.rsplit("magic ", 1)[1]
+        )
+        found = []
+        for key in re.split(", and |, ", asked[2]):
+            found += re.findall(rf"One of the special magic {asked[1]}s for {re.escape(key)} is: (\S+)\.", prompt)
+        return found
+    if "Memorize and track" in prompt:
+        text = prompt.rsplit("Memorize and track", 1)[1]
+        value = re.search(r"assigned the value (\d+) in the text above", text)[1]
+        values = {}
+        for name, right in re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)", text):
+            values[name] = values.get(right, right)
+        return [name for name, its in values.items() if its == value]
+    if "numbered list of words" in prompt:
+        listed = prompt.rsplit("most often.\n", 1)[1].split("\nQuestion")[0]
+        return [word for word, _ in collections.Counter(re.split(r" ?\d+\. ", listed)[1:]).most_common(10)]
+    if "coded text" in prompt:
+        counts = collections.Counter(re.search(r"coded words\. (.*)\nQuestion", prompt)[1].split())
+        del counts["..."]
+        return [word for word, _ in counts.most_common(3)]
+    house, river = re.search(r"house (\S+)\?", prompt), re.search(r"on river (\d+)\?", prompt)
+    said = rf"house {house[1]} is (\w+)\." if house else rf"lies on river {river[1]}\. It has (\d+)"
+    return [re.search(said, prompt)[1]]
+
+
+class Scripted:
+    """Answers each prompt by a function of it."""
+
+    tokenizer = Bytes()
+
+    def __init__(self, answer, context_length=4096):
+        self.answer, self.context_length, self.calls = answer, context_length, []
+
+    def complete(self, prompts, sampling):
+        self.calls.append(sampling)
+        return [Completion(len(p.encode()), 0, (Sample(self.answer(p), (), STOP),)) for p in prompts]
+
+
+def first(name, length, tokenizer, material, count=3, **options):
+    return list(itertools.islice(samples(name, length, tokenizer, material, **options), count))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_hold_their_answers_and_have_the_length_asked_for(name, tokenizer, material):
+    task, length = SUBTASKS[name], 2111
+    found = first(name, length, tokenizer, material)
+    assert len(found) == 3
+    for sized in found:
+        assert sorted(solve(sized.prompt)) == sorted(sized.sample.answers[: 1 if task.wording.any_answer else None])
+        room = length - 1 - task.wording.max_tokens
+        assert sized.prompt_tokens == len(tokenizer.encode(sized.prompt)) <= room
+        draw = Draw(name, length, sized.index, 0, lambda text: len(tokenizer.encode(text)), material)
+        growing = GENERATORS[type(task)](task, draw)
+        assert growing.at(sized.size).prompt == sized.prompt
+        assert len(tokenizer.encode(growing.at(sized.size + 1).prompt)) > room
+
+
+@pytest.mark.parametrize("name", ["cwe", "vt", "niah_multiquery", "fwe"])
+def test_lengths_of_4096_and_more_too(name, material):
+    [sized] = first(name, 7001, Bytes(), material, count=1)
+    assert sorted(solve(sized.prompt)) == sorted(sized.sample.answers)
+    if name == "cwe":  # 30 and 3 times, after an example of 10 and 3
+        example, asked = re.findall(r"most often\.\n(.*)\nQuestion", sized.prompt)
+        for text, expected in ((example, {10, 3}), (asked, {30, 3})):
+            counts = collections.Counter(re.split(r" ?\d+\. ", text)[1:])
+            assert set(counts.values()) == expected
+            assert sum(count == max(expected) for count in counts.values()) == 10
+    if name == "vt":
+        assert len(Bytes().encode(sized.prompt.split("\n\nMemorize")[0])) > 500  # five lines of noise at least
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_depend_on_seed_and_index_alone(name, material):
+    prompts = [
+        [s.prompt for s in first(name, 2048, Bytes(), material, count, seed=seed)]
+        for count, seed in ((3, 0), (2, 0), (3, 7))
+    ]
+    assert prompts[0][:2] == prompts[1]
+    assert len({*prompts[0], *prompts[2]}) == 6
+
+
+def test_the_wording_of_small_prompts(material):
+    def smallest(name):
+        draw = Draw(name, 1000, 0, 0, len, material)
+        growing = GENERATORS[type(SUBTASKS[name])](SUBTASKS[name], draw)
+        return growing.at(growing.minimum)
+
+    noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+    single = smallest("niah_single_1")
+    key = re.search(r"numbers for (\S+) is", single.prompt)[1]
+    assert single.prompt == (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        f"the number afterwards.\nOne of the special magic numbers for {key} is: {single.answers[0]}.\n{noise}\n"
+        f"What is the special magic number for {key} mentioned in the provided text? The special magic number for "
+        f"{key} mentioned in the provided text is"
+    )
+    assert smallest("niah_multivalue").prompt.startswith("Some special magic numbers are hidden within the following")
+    query = r"numbers for \S+-\S+, \S+-\S+, \S+-\S+, and \S+-\S+ mentioned in the provided text"
+    assert len(re.findall(query, smallest("niah_multiquery").prompt)) == 2
+    uuids = smallest("niah_multikey_3")
+    assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", uuids.answers[0])
+    assert re.fullmatch(r"[1-9]\d{6}", single.answers[0])
+    vt = smallest("vt")
+    assert re.search(rf" \n{re.escape(noise)}\nVAR [A-Z]{{5}} = VAR [A-Z]{{5}} \n", vt.question)
+    assert re.search(r"assigned the value \d{5}, they are:  [A-Z]{3}( [A-Z]{3}){4}\n\nMemorize", vt.question)
+    assert vt.answer_prefix.endswith(", 5 variables are assigned the value " + vt.question[-24:-19] + ", they are: ")
+    cwe = smallest("cwe")
+    assert re.search(r"in the list are: 1\. \S.* 10\. [^\d]+\nBelow is a numbered list", cwe.question)
+    assert smallest("fwe").question.endswith(
+        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+        "appeared words in the above coded text?"
+    )
+    assert "documents.\n\nDocument 1:\nArticle 0, paragraph 0: the" in smallest("qa_1").prompt
+    assert re.search(r"Document 1:\nTown \d\nTown \d lies.*bridges\.\n\nDocument 2:\nTown", smallest("qa_2").prompt)
+
+
+def test_essays_are_repeated_and_needles_stand_between_sentences(material):
+    [sized] = first("niah_multivalue", 3001, Bytes(), material, count=1)
+    context = sized.sample.question.split("\n")[1]
+    pieces = re.split(r" ?One of the special magic numbers for \S+ is: \d{7}\. ?", context)
+    assert " ".join(" ".join(pieces).split()) == " ".join((list(material.essays) * 9)[: sized.size])
+    assert sized.size > len(material.essays)
+    assert all(re.search(r"([.!]|\?\)) ?$", piece) for piece in pieces[:-1] if piece)
+
+
+def test_fwe_never_asks_for_words_that_are_equally_frequent(material):
+    task = SUBTASKS["fwe"]
+    for length in range(250, 1500, 83):
+        growing = GENERATORS[type(task)](task, Draw("fwe", length, 0, 0, len, material))
+        for size in range(growing.minimum, growing.minimum + 60):
+            sample = growing.at(size)
+            counts = collections.Counter(sample.question.split("coded words. ")[1].split("\nQ")[0].split())
+            del counts["..."]
+            ranked = [count for _, count in counts.most_common()] + [0]
+            assert ranked[2] > ranked[3]
+            assert {word for word, _ in counts.most_common(3)} == set(sample.answers)
+
+
+def test_string_match_by_hand():
+    assert string_match("The numbers are 123 and 456.", ["123", "456", "789", "12"], False) == 3 / 4
+    assert string_match(" paris\x00or ROME ", ["Rome", "Oslo"], True) == 1.0
+    assert string_match("a\x01b", ["a\nb"], False) == 1.0
+    assert string_match("", ["x", "y"], True) == 0.0
+
+
+def test_average_interval_by_hand():
+    means = {"a": 0.5, "b": 0.7, "other": 1.0}
+    found = average_interval({k: means[k] for k in "ab"}, {"a": (0.2, 0.9), "b": (0.3, 1.0), "other": (0, 1)})
+    assert found == pytest.approx((0.6 - 0.25, 0.6 + 0.25))
+
+
+@pytest.mark.parametrize(
+    "count", [lambda n: 90 + 7 * n, lambda n: n // 3, lambda n: 5 * n + n * n // 50, lambda n: 2 * n + n % 2 * 3]
+)
+def test_the_largest_haystack_that_fits(count):
+    for limit, minimum, guess in itertools.product((100, 997, 4099), (0, 3), (None, 2, 40, 1500)):
+        calls = []
+        found = largest_fitting(lambda n, calls=calls: (calls.append(n), count(n))[1], limit, minimum, guess)
+        if count(minimum) > limit:
+            assert found is None
+            continue
+        assert count(found) <= limit < count(found + 1)
+        assert found >= minimum
+        assert len(calls) == len(set(calls)) <= 20
+
+
+def test_a_good_guess_costs_few_counts():
+    calls = []
+    assert largest_fitting(lambda n: (calls.append(n), 90 + 7 * n)[1], 10_000, 1, guess=1400) == 1415
+    assert len(calls) <= 4
+
+
+def test_text_that_does_not_grow_is_refused():
+    with pytest.raises(ValueError, match="do not add up to 100"):
+        largest_fitting(lambda n: 1, 100, 0)
+
+
+@pytest.mark.parametrize(("answer", "score"), [(lambda prompt: " and ".join(solve(prompt)), 1.0), (lambda _: "", 0.0)])
+def test_a_perfect_and_a_silent_model(answer, score, data):
+    model = Scripted(answer)
+    result = load_task("ruler")(model, Options(data=data, limit=3, lengths=(2048, 3001)))
+    variants = set() if "words" not in result.settings["variants"].get("cwe", []) else {"words"}
+    names = {name.split("/")[0].removesuffix("_variant") for name in result.metrics}
+    assert names == {*NAMES, "average"}
+    assert set(result.metrics.values()) == {score}
+    assert result.metrics.keys() == result.intervals.keys()
+    low, high = result.intervals[next(iter(result.metrics))]
+    assert (low, high) == pytest.approx((0.4385, 1.0) if score else (0.0, 0.5615), abs=1e-4)  # Wilson, 3 of 3
+    assert result.settings["variants"].keys() == (
+        {n for n in NAMES if "words" in SUBTASKS[n].needs} if variants else set()
+    )
+    assert [sampling.max_tokens for sampling in model.calls[:13]] == [128] * 8 + [30, 120, 50, 32, 32]
+    assert {(s.temperature, s.samples, s.stop) for s in model.calls} == {(0.0, 1, ())}
+    record = result.records[0]
+    assert (record["score"], record["dropped_tokens"], record["length"]) == (score, 0, 2048)
+    assert json.dumps(result.records)
+    assert json.dumps(result.settings)
+
+
+def test_half_of_the_answers():
+    result = load_task("ruler:niah_multikey_3")(Scripted(lambda p: solve(p)[0][:-1]), Options(limit=2))
+    assert result.metrics == {"niah_multikey_3/4096": 0.0}
+    result = load_task("ruler:vt")(Scripted(lambda p: " ".join(solve(p)[:2])), Options(limit=2))
+    assert result.metrics == pytest.approx({"vt/4096": 0.4})
+
+
+def test_what_does_not_run_is_said(data):
+    result = load_task("ruler")(Scripted(lambda _: "", 1024), Options(limit=1))  # the context, for want of 4096
+    ran = [name for name in result.metrics if not name.startswith("average")]
+    assert len(ran) == 9
+    assert "average_of_9_variant/1024" in result.metrics  # the essays are not RULER's
+    assert "niah_single_2_variant/1024" in result.metrics
+    assert "essays" in result.settings["variants"]["niah_single_2"]
+    assert "vt" not in result.settings["variants"]
+    assert result.settings["skipped"]["qa_1"] == "needs SQuAD 2.0's dev-v2.0.json: give --data=squad=FILE"
+    needed = int(re.fullmatch(r"needs (\d+) tokens at least", result.settings["skipped"]["vt/1024"])[1])
+    assert first("vt", needed, Bytes(), load_material(frozenset(), {}), count=1)
+    with pytest.raises(DoesNotFitError):
+        first("vt", needed - 1, Bytes(), load_material(frozenset(), {}), count=1)
+
+
+def test_lengths_by_default():
+    def lengths(context):
+        model = Scripted(lambda _: "", context)
+        return load_task("ruler:niah_multikey_3")(model, Options(limit=1)).settings["lengths"]
+
+    assert [lengths(n) for n in (1000, 4096, 16384, 20000)] == [
+        [1000],
+        [4096],
+        [4096, 8192, 16384],
+        [4096, 8192, 16384],
+    ]
+
+
+def test_questions_that_do_not_fit_are_left_out_and_counted(tmp_path):
+    content = squad(1, 3)
+    content["data"][0]["paragraphs"][0]["context"] += " more" * 200
+    (tmp_path / "squad.json").write_text(json.dumps(content))
+    options = Options(data={"squad": str(tmp_path / "squad.json")}, lengths=(600,))
+    result = load_task("ruler:qa_1")(Scripted(solve_one), options)
+    assert result.settings["questions_left_out"] == {"qa_1/600": 1}
+    assert [record["index"] for record in result.records] == [1, 2]
+    assert result.metrics == {"qa_1/600": 1.0}
+
+
+def solve_one(prompt):
+    return solve(prompt)[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "words"),
+    [
+        ("ruler", {"lengths": (4097, 256)}, r"lengths \[4097\]: expected 1 to 4096"),
+        ("ruler", {"lengths": (256,)}, r"no RULER task can run: .*niah_single_1\S* needs \d+ tokens at least"),
+        ("ruler:qa_2", {}, r"hotpot_dev_distractor_v1.json: give --data=hotpotqa=FILE"),
+        ("ruler:niah", {}, "no RULER task 'niah'; expected one of niah_single_1, .* qa_2"),
+        ("ruler", {"data": {"essays": "/none.txt"}}, "--data=essays=/none.txt: cannot be read: No such file"),
+        ("ruler:vt", {"limit": 0}, "limit = 0"),
+    ],
+)
+def test_refused_options(task, options, words):
+    with pytest.raises(ValueError, match=words):
+        load_task(task)(Scripted(lambda _: ""), Options(**options))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("squad", "{", "Expecting property name"),
+        ("squad", "[]", 'the file: no field "data"'),
+        ("squad", {"data": [{"paragraphs": [{"context": 3}]}]}, r'data\[0\].paragraphs\[0\]: field "context" is int'),
+        (
+            "squad",
+            {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]},
+            r'qas\[0\]: no .*"answers"',
+        ),
+        ("squad", {"data": []}, "no question"),
+        ("hotpotqa", {}, "expected a list of records, found dict"),
+        ("hotpotqa", [*hotpotqa(1), {"question": "?", "answer": "a"}], 'record 1: no field "context"'),
+        ("hotpotqa", [hotpotqa(1)[0] | {"context": [["title"]]}], "record 0.*sentence"),
+        ("hotpotqa", [hotpotqa(1)[0] | {"answer": ""}], "record 0: an answer is missing or empty"),
+        ("essays", " \n", "no words"),
+    ],
+)
+def test_malformed_files_name_the_record(name, content, words, tmp_path):
+    path = tmp_path / "file"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=f"--data={name}={path}.*{words}"):
+        load_material(frozenset([name]), {name: str(path)})
+
+
+def test_essays_as_ruler_stores_them(tmp_path):
+    path = tmp_path / "PaulGrahamEssays.json"
+    path.write_text(json.dumps({"text": "Some  text.\nMore."}))
+    found = load_material(frozenset(["essays"]), {"essays": str(path)})
+    assert (list(found.essays), found.variants) == (["Some", "text.", "More."], frozenset())
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected UTF-8 text, or JSON"):
+        load_material(frozenset(["essays"]), {"essays": str(path)})
+
+
+def test_words_with_and_without_the_published_lists(tmp_path, monkeypatch):
+    lists = {"noun": "dog\ncat\n", "adjective": "big\nred", "verb": "run\ncat\n"}
+    for kind, text in lists.items():
+        (tmp_path / f"{kind}list.txt").write_text(text)
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "3")
+    found = load_material(frozenset(["words"]), {})
+    assert (found.words.all, found.words.nouns) == (["big", "cat", "dog", "red", "run"], ["cat", "dog"])
+    assert (found.facts, found.variants) == ({"words": "wonderwords 3"}, frozenset())
+    [sized] = first("cwe", 7001, Bytes(), load_lists_of(found, 40), count=1)  # goes on with made words
+    assert len(solve(sized.prompt)) == 10
+
+    def absent(_):
+        raise ModuleNotFoundError
+
+    monkeypatch.setattr(importlib.resources, "files", absent)
+    assert load_material(frozenset(["words"]), {}).variants == {"words"}
+    made = made_words()
+    assert len(set(made[:20000])) == 20000
+    assert all(re.fullmatch("([bdfgklmnprstvz][aeiou]){3}", word) for word in made[:100])
+
+
+def load_lists_of(material, count):
+    words = dataclasses.replace(material.words, all=[f"word{i}" for i in range(count)])
+    return dataclasses.replace(material, words=words)
