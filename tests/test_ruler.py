@@ -159,7 +159,7 @@ def test_the_wording_of_small_prompts(material):
 
     noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     single = smallest("niah_single_1")
-    key = re.search(r"numbers for (\S+) is", single.prompt)[1]
+    key = re.search(r"numbers for (.+) is:", single.prompt)[1]
     assert single.prompt == (
         "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
         f"the number afterwards.\nOne of the special magic numbers for {key} is: {single.answers[0]}.\n{noise}\n"
@@ -167,7 +167,7 @@ def test_the_wording_of_small_prompts(material):
         f"{key} mentioned in the provided text is"
     )
     assert smallest("niah_multivalue").prompt.startswith("Some special magic numbers are hidden within the following")
-    query = r"numbers for \S+-\S+, \S+-\S+, \S+-\S+, and \S+-\S+ mentioned in the provided text"
+    query = r"numbers for [^,]+-[^,]+, [^,]+-[^,]+, [^,]+-[^,]+, and [^,]+-[^,]+ mentioned in the provided text"
     assert len(re.findall(query, smallest("niah_multiquery").prompt)) == 2
     uuids = smallest("niah_multikey_3")
     assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", uuids.answers[0])
@@ -189,7 +189,7 @@ def test_the_wording_of_small_prompts(material):
 def test_essays_are_repeated_and_needles_stand_between_sentences(material):
     [sized] = first("niah_multivalue", 3001, Bytes(), material, count=1)
     context = sized.sample.question.split("\n")[1]
-    pieces = re.split(r" ?One of the special magic numbers for \S+ is: \d{7}\. ?", context)
+    pieces = re.split(r" ?One of the special magic numbers for [^:]+ is: \d{7}\. ?", context)
     assert " ".join(" ".join(pieces).split()) == " ".join((list(material.essays) * 9)[: sized.size])
     assert sized.size > len(material.essays)
     assert all(re.search(r"([.!]|\?\)) ?$", piece) for piece in pieces[:-1] if piece)
