@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import importlib.resources
 import itertools
 import json
@@ -105,6 +106,7 @@ class Scripted:
 
     def complete(self, prompts, sampling):
         self.calls.append(sampling)
+        self.prompts = prompts
         return [Completion(len(p.encode()), 0, (Sample(self.answer(p), (), STOP),)) for p in prompts]
 
 
@@ -151,6 +153,17 @@ def test_samples_depend_on_seed_and_index_alone(name, material):
     assert len({*prompts[0], *prompts[2]}) == 6
 
 
+def test_the_wording_is_the_published_one():
+    """The digest is that of the texts in NVIDIA/RULER at c3f5e3b, with this project's names of the fields."""
+    texts = "".join(
+        f"{wording.template}{wording.answer_prefix}{wording.max_tokens}"
+        for wording in dict.fromkeys(task.wording for task in SUBTASKS.values())
+    )
+    assert (
+        hashlib.sha256(texts.encode()).hexdigest() == "1fd272ae968f6705a44e2aec7d3f796cd8cf0c63967688c82c94fd3a2b912eb2"
+    )
+
+
 def test_the_wording_of_small_prompts(material):
     def smallest(name):
         draw = Draw(name, 1000, 0, 0, len, material)
@@ -193,6 +206,13 @@ def test_essays_are_repeated_and_needles_stand_between_sentences(material):
     assert " ".join(" ".join(pieces).split()) == " ".join((list(material.essays) * 9)[: sized.size])
     assert sized.size > len(material.essays)
     assert all(re.search(r"([.!]|\?\)) ?$", piece) for piece in pieces[:-1] if piece)
+
+
+def test_keys_asked_for_occur_once(material):
+    few = dataclasses.replace(material.words, adjectives=["big", "red"], nouns=["cat", "dog"])
+    for sized in first("niah_multikey_2", 2048, Bytes(), dataclasses.replace(material, words=few), count=9):
+        assert solve(sized.prompt) == list(sized.sample.answers)
+        assert sized.size > 20
 
 
 def test_fwe_never_asks_for_words_that_are_equally_frequent(material):
@@ -274,6 +294,18 @@ def test_half_of_the_answers():
     assert result.metrics == {"niah_multikey_3/4096": 0.0}
     result = load_task("ruler:vt")(Scripted(lambda p: " ".join(solve(p)[:2])), Options(limit=2))
     assert result.metrics == pytest.approx({"vt/4096": 0.4})
+
+
+def test_conversations():
+    chat = pytest.importorskip("iha_jax.data.chat")
+    model = Scripted(solve_one)
+    result = load_task("ruler:niah_multikey_3")(model, Options(limit=2, chat=True))
+    assert result.metrics == {"niah_multikey_3/4096": 1.0}
+    assert model.calls[0].stop == (chat.END_OF_TURN,)
+    question, answer_prefix = model.prompts[0].split(chat.END_OF_TURN)
+    assert question.startswith(chat.prompt_text([{"role": "user", "content": "A special magic uuid"}])[:-30])
+    assert re.search(r"assistant\S*\n The special magic uuid for \S+ mentioned in the provided text is$", answer_prefix)
+    assert 4096 - 1 - 128 - 115 < result.records[0]["prompt_tokens"] == len(model.prompts[0].encode()) <= 4096 - 1 - 128
 
 
 def test_what_does_not_run_is_said(data):

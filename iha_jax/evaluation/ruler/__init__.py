@@ -31,12 +31,13 @@ skipped and said so with the tokens it needs.
 
 Where lm-evaluation-harness 0.4.13's port (`lm_eval/tasks/ruler`) differs from RULER, as its source reads:
 
-- vt: the answer prefix says "assgined"; lines are joined by a space after a line break; the global generator is used
-  without a seed; it does not return where the prompt does not fit; all samples' examples have one value.
+- vt: the answer prefix says "assgined" and has no space after it; noise lines are joined by a line break and a space;
+  at five lines of noise or fewer they are cut into sentences; the global generator is used without a seed; it does not
+  return where the prompt does not fit; the solved examples of all samples have one value.
 - cwe: the solved example is made, but not part of the prompt; no space before the example's answers.
 - fwe: the size leaves no room for the tokens to generate, so that prompt and answer exceed the length by up to 50.
 - Sizes include the answers' tokens and grow by steps of 5 to 500 units, so prompts are shorter than asked for.
-- Prompts are stripped and prefixes put after one space, whatever RULER's spacing is.
+- Answer prefixes stand after one space, cwe's after an empty line.
 - QA: `string_match_part` is the fraction of the reference answers that occur, not whether any does.
 - Essays are never repeated: beyond their length prompts stop growing.
 """

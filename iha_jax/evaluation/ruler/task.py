@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from absl import logging
+
 from iha_jax.data.tokenizers import Tokenizer
 from iha_jax.evaluation.ruler.chain import chain
 from iha_jax.evaluation.ruler.definition import (
@@ -141,6 +143,7 @@ class _Results:
         self.intervals[metric] = mean_interval(scores)
         self.samples[metric] = len(rows)
         self.records += rows
+        logging.info("ruler: %s %.3f (n=%d)", metric, self.metrics[metric], len(rows))
 
     def add_average(self, length: int) -> None:
         """Over the subtasks of a length, where there are several."""
