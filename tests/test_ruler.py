@@ -16,33 +16,12 @@ from iha_jax.evaluation.ruler.length import largest_fitting
 from iha_jax.evaluation.ruler.material import load_material, made_words
 from iha_jax.evaluation.ruler.sample import Draw
 from iha_jax.evaluation.ruler.scoring import average_interval, string_match
-from iha_jax.evaluation.ruler.task import GENERATORS, DoesNotFitError, samples
+from iha_jax.evaluation.ruler.task import GENERATORS, DoesNotFitError
 from iha_jax.evaluation.tasks import Options, load_task
-from iha_jax.evaluation.text_model import STOP, Completion, Sample
 from tests import tiny_tokenizers
+from tests.ruler_prompts import Scripted, first, hotpotqa, solve, solve_one, squad
 
 NAMES = list(SUBTASKS)
-
-
-def squad(articles=3, paragraphs=4):
-    def paragraph(a, p):
-        text = f"Article {a}, paragraph {p}: the color of house {a}-{p} is shade{a}{p}."
-        asked = {"question": f"What is the color of house {a}-{p}?", "is_impossible": False}
-        answers = [{"text": f"shade{a}{p}"}, {"text": f"the color shade{a}{p}"}]
-        never = {"question": "Why?", "is_impossible": True, "answers": []}
-        return {"context": text, "qas": [never, asked | {"answers": answers}]}
-
-    return {"data": [{"paragraphs": [paragraph(a, p) for p in range(paragraphs)]} for a in range(articles)]}
-
-
-def hotpotqa(records=5):
-    def context(i):
-        return [[f"Town {j}", [f"Town {j} lies on river {j}. ", f"It has {j + 20} bridges."]] for j in (i, i + 1)]
-
-    return [
-        {"question": f"How many bridges has the town on river {i}?", "answer": str(i + 20), "context": context(i)}
-        for i in range(records)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,53 +44,6 @@ def tokenizer(request, tmp_path_factory):
     if request.param == "bytes":
         return Bytes()
     return load_tokenizer(tiny_tokenizers.huggingface(request.param, tmp_path_factory.mktemp("tokenizer")))
-
-
-def solve(prompt):
-    """The answers, read from the prompt alone; questions about documents by what the fixtures' sentences say."""
-    if "special magic" in prompt:
-        asked = re.search(
-            r"(\w+?)s? for (.*) mentioned in the provided text (?:is|are)$", prompt.rsplit("magic ", 1)[1]
-        )
-        found = []
-        for key in re.split(", and |, ", asked[2]):
-            found += re.findall(rf"One of the special magic {asked[1]}s for {re.escape(key)} is: (\S+)\.", prompt)
-        return found
-    if "Memorize and track" in prompt:
-        text = prompt.rsplit("Memorize and track", 1)[1]
-        value = re.search(r"assigned the value (\d+) in the text above", text)[1]
-        values = {}
-        for name, right in re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)", text):
-            values[name] = values.get(right, right)
-        return [name for name, its in values.items() if its == value]
-    if "numbered list of words" in prompt:
-        listed = prompt.rsplit("most often.\n", 1)[1].split("\nQuestion")[0]
-        return [word for word, _ in collections.Counter(re.split(r" ?\d+\. ", listed)[1:]).most_common(10)]
-    if "coded text" in prompt:
-        counts = collections.Counter(re.search(r"coded words\. (.*)\nQuestion", prompt)[1].split())
-        del counts["..."]
-        return [word for word, _ in counts.most_common(3)]
-    house, river = re.search(r"house (\S+)\?", prompt), re.search(r"on river (\d+)\?", prompt)
-    said = rf"house {house[1]} is (\w+)\." if house else rf"lies on river {river[1]}\. It has (\d+)"
-    return [re.search(said, prompt)[1]]
-
-
-class Scripted:
-    """Answers each prompt by a function of it."""
-
-    tokenizer = Bytes()
-
-    def __init__(self, answer, context_length=4096):
-        self.answer, self.context_length, self.calls = answer, context_length, []
-
-    def complete(self, prompts, sampling):
-        self.calls.append(sampling)
-        self.prompts = prompts
-        return [Completion(len(p.encode()), 0, (Sample(self.answer(p), (), STOP),)) for p in prompts]
-
-
-def first(name, length, tokenizer, material, count=3, **options):
-    return list(itertools.islice(samples(name, length, tokenizer, material, **options), count))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -345,52 +277,6 @@ def test_questions_that_do_not_fit_are_left_out_and_counted(tmp_path):
     assert result.settings["questions_left_out"] == {"qa_1/600": 1}
     assert [record["index"] for record in result.records] == [1, 2]
     assert result.metrics == {"qa_1/600": 1.0}
-
-
-def solve_one(prompt):
-    return solve(prompt)[0]
-
-
-@pytest.mark.parametrize(
-    ("task", "options", "words"),
-    [
-        ("ruler", {"lengths": (4097, 256)}, r"lengths \[4097\]: expected 1 to 4096"),
-        ("ruler", {"lengths": (256,)}, r"no RULER task can run: .*niah_single_1\S* needs \d+ tokens at least"),
-        ("ruler:qa_2", {}, r"hotpot_dev_distractor_v1.json: give --data=hotpotqa=FILE"),
-        ("ruler:niah", {}, "no RULER task 'niah'; expected one of niah_single_1, .* qa_2"),
-        ("ruler", {"data": {"essays": "/none.txt"}}, "--data=essays=/none.txt: cannot be read: No such file"),
-        ("ruler:vt", {"limit": 0}, "limit = 0"),
-    ],
-)
-def test_refused_options(task, options, words):
-    with pytest.raises(ValueError, match=words):
-        load_task(task)(Scripted(lambda _: ""), Options(**options))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("squad", "{", "Expecting property name"),
-        ("squad", "[]", 'the file: no field "data"'),
-        ("squad", {"data": [{"paragraphs": [{"context": 3}]}]}, r'data\[0\].paragraphs\[0\]: field "context" is int'),
-        (
-            "squad",
-            {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]},
-            r'qas\[0\]: no .*"answers"',
-        ),
-        ("squad", {"data": []}, "no question"),
-        ("hotpotqa", {}, "expected a list of records, found dict"),
-        ("hotpotqa", [*hotpotqa(1), {"question": "?", "answer": "a"}], 'record 1: no field "context"'),
-        ("hotpotqa", [hotpotqa(1)[0] | {"context": [["title"]]}], "record 0.*sentence"),
-        ("hotpotqa", [hotpotqa(1)[0] | {"answer": ""}], "record 0: an answer is missing or empty"),
-        ("essays", " \n", "no words"),
-    ],
-)
-def test_malformed_files_name_the_record(name, content, words, tmp_path):
-    path = tmp_path / "file"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match=f"--data={name}={path}.*{words}"):
-        load_material(frozenset([name]), {name: str(path)})
 
 
 def test_essays_as_ruler_stores_them(tmp_path):

@@ -18,7 +18,7 @@ from iha_jax.evaluation.ruler.material import load_material
 from iha_jax.evaluation.ruler.sample import Draw
 from iha_jax.evaluation.ruler.scoring import string_match
 from iha_jax.evaluation.ruler.task import GENERATORS
-from tests.test_ruler import hotpotqa, solve, squad
+from tests.ruler_prompts import hotpotqa, solve, squad
 
 pytestmark = pytest.mark.slow  # importing theirs makes a list of six million keys
 

@@ -17,7 +17,7 @@ Where this differs from RULER:
 | separator | not counted | counted, one token |
 | keys | may repeat; then a question has two answers | those asked for occur once |
 | sentences of essays | NLTK's punkt | a word that ends in . ! or ?, quotes and brackets after it aside |
-| essays | Paul Graham's, downloaded | `--data=essays=FILE`; else *variant*: Python's manual, as pydoc has it |
+| essays | Paul Graham's, downloaded | `--data=essays=FILE`, as given; else *variant*: Python's manual, as pydoc has it |
 | words | the lists of `wonderwords` | the same where it is installed; else *variant*: made of syllables |
 | cwe with more words than the lists have (about 8 700; from 128 k tokens on) | another list | goes on with made words |
 | cwe with 10 words, all of them common | allowed | at least 11 |
