@@ -96,6 +96,16 @@ def test_the_wording_is_the_published_one():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "needles", "answers"),
+    [("single_2", 1, 1), ("single_3", 1, 1), ("multikey_1", 4, 1), ("multivalue", 4, 4), ("multiquery", 4, 4)],
+)
+def test_how_many_needles_and_answers(name, needles, answers, material):
+    [sized] = first(f"niah_{name}", 2048, Bytes(), material, count=1)
+    assert sized.prompt.count("One of the special magic ") == needles
+    assert len(set(sized.sample.answers)) == answers
+
+
 def test_the_wording_of_small_prompts(material):
     def smallest(name):
         draw = Draw(name, 1000, 0, 0, len, material)
@@ -137,7 +147,13 @@ def test_essays_are_repeated_and_needles_stand_between_sentences(material):
     pieces = re.split(r" ?One of the special magic numbers for [^:]+ is: \d{7}\. ?", context)
     assert " ".join(" ".join(pieces).split()) == " ".join((list(material.essays) * 9)[: sized.size])
     assert sized.size > len(material.essays)
-    assert all(re.search(r"([.!]|\?\)) ?$", piece) for piece in pieces[:-1] if piece)
+    ends = set()
+    for sized in first("niah_multivalue", 2001, Bytes(), material, count=20):
+        context = sized.sample.question.split("\n")[1]
+        ends |= {
+            piece.rstrip()[-6:] for piece in re.split(r"One of the special [^:]+: \d+\.", context)[:-1] if piece.strip()
+        }
+    assert ends == {"is it?)"[-6:], " this.", "s not!", "so on."}
 
 
 def test_keys_asked_for_occur_once(material):
@@ -298,7 +314,8 @@ def test_words_with_and_without_the_published_lists(tmp_path, monkeypatch):
     found = load_material(frozenset(["words"]), {})
     assert (found.words.all, found.words.nouns) == (["big", "cat", "dog", "red", "run"], ["cat", "dog"])
     assert (found.facts, found.variants) == ({"words": "wonderwords 3"}, frozenset())
-    [sized] = first("cwe", 7001, Bytes(), load_lists_of(found, 40), count=1)  # goes on with made words
+    [sized] = first("cwe", 9001, Bytes(), load_lists_of(found, 40), count=1)  # goes on with made words
+    assert sized.size > 40
     assert len(solve(sized.prompt)) == 10
 
     def absent(_):

@@ -17,9 +17,9 @@ Where this differs from RULER:
 | separator | not counted | counted, one token |
 | keys | may repeat; then a question has two answers | those asked for occur once |
 | sentences of essays | NLTK's punkt | a word that ends in . ! or ?, quotes and brackets after it aside |
-| essays | Paul Graham's, downloaded | `--data=essays=FILE`, as given; else *variant*: Python's manual, as pydoc has it |
+| essays | Paul Graham's, downloaded | `--data=essays=FILE`; else *variant*: Python's manual, as pydoc has it |
 | words | the lists of `wonderwords` | the same where it is installed; else *variant*: made of syllables |
-| cwe with more words than the lists have (about 8 700; from 128 k tokens on) | another list | goes on with made words |
+| cwe with more words than the lists have (8 166; near 128 k tokens) | another list | goes on with made words |
 | cwe with 10 words, all of them common | allowed | at least 11 |
 | fwe where the third and fourth word occur equally often (short lengths) | asked nonetheless | shorter instead |
 | vt's solved example | one, its names replaced | drawn for each sample; at most 500 tokens, at least 5 lines of noise |
