@@ -78,26 +78,17 @@ def loss_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
 
 def sample_task(run: Restored, flags: argparse.Namespace) -> dict[str, Any]:
     """A continuation of the prompt, which is taken as the beginning of a document."""
-    import numpy as np
-
     from iha_jax.data.corpus import open_tokenizer
-    from iha_jax.evaluation.generate import sample
+    from iha_jax.evaluation.decoding.generator import Generator
+    from iha_jax.evaluation.text_model import Sampling
 
-    tokenizer = open_tokenizer(run.config)
-    prompt = np.concatenate([[tokenizer.document_id], tokenizer.encode(flags.prompt)])
-    tokens = sample(
-        run.config.model,
-        run.parameters,
-        prompt,
-        new_tokens=flags.new_tokens,
-        temperature=flags.temperature,
-        seed=flags.seed,
-        stop_token=tokenizer.document_id,
-    )
+    model = Generator(run.config.model, run.parameters, open_tokenizer(run.config), mesh=run.mesh, batch_size=1)
+    sampling = Sampling(max_tokens=flags.new_tokens, temperature=flags.temperature, seed=flags.seed)
+    sample = model.complete([flags.prompt], sampling)[0].samples[0]
     return {
         "prompt": flags.prompt,
-        "continuation": tokenizer.decode(tokens),
-        "tokens": len(tokens),
+        "continuation": sample.text,
+        "tokens": len(sample.tokens),
         "temperature": flags.temperature,
         "seed": flags.seed,
     }

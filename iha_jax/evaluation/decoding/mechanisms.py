@@ -2,8 +2,8 @@
 
 A class a mechanism, one signature, one registry with the keys of `ATTENTION`. The layer with its parameters is the
 training model's own: it projects, mixes, norms and projects back; only attention to a cache is here.
-Shapes: B batch, N tokens of padded prompts, D model width, H heads, K key/value heads, G = H / K, d head width, S slots,
-P pseudo-heads (p of the query, q of the key).
+Shapes: B batch, N tokens of padded prompts, D model width, H heads, K key/value heads, G = H / K, d head width,
+S slots, P pseudo-heads (p of the query, q of the key).
 """
 
 import math

@@ -41,7 +41,8 @@ def prefill(
 
     def run_group(group: Group, x_BND: Array, first_layer: Array | int) -> tuple[Array, Caches]:
         caches = []
-        for i, (block, kind) in enumerate(zip(group.blocks(), config.layer_pattern)):
+        kinds = config.layer_pattern[: group.size]  # all of it, or the remainder's
+        for i, (block, kind) in enumerate(zip(group.blocks(), kinds, strict=True)):
             given = block.attention_norm(x_BND)
             caches.append(DECODING[kind](config, kind).prefill(block.attention, given, lengths_B, length))
             x_BND = block(x_BND, None, first_layer + i)
@@ -51,7 +52,7 @@ def prefill(
     if config.scan_layers:
         stacked = model.groups, 1 + size * jnp.arange(config.num_groups)
         x_BND, found = jax.lax.scan(lambda x, group: run_group(group[0], x, group[1]), x_BND, stacked)
-        caches = [jax.tree.map(lambda leaf, g=g: leaf[g], found[i]) for g in range(config.num_groups) for i in range(size)]
+        caches = [jax.tree.map(lambda x, g=g: x[g], cache) for g in range(config.num_groups) for cache in found]
     else:
         caches = []
         for g in range(config.num_groups):
