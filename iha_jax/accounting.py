@@ -1,4 +1,4 @@
-"""Closed forms for parameters and FLOPs of every layer kind; one multiply-add is 2 FLOPs.
+"""Closed forms for parameters, FLOPs and decoding caches of every layer kind; one multiply-add is 2 FLOPs.
 
 `useful` FLOPs count the pairs of positions that the mask lets see each other: what tables, fair matching and
 utilization use. `executed` FLOPs (`executed.py`) count what a named implementation computes, masked pairs of its blocks
@@ -193,3 +193,34 @@ def flops_per_token(model: ModelConfig) -> Flops:
 def training_flops_per_token(model: ModelConfig) -> float:
     """Useful FLOPs of forward and backward: three times the forward pass. Recomputation is not useful work."""
     return 3 * flops_per_token(model).total
+
+
+def cache_tokens(model: ModelConfig, kind: str, length: int) -> tuple[int, ...]:
+    """Tokens whose keys and values a layer keeps while it decodes up to `length` tokens; two numbers for the two sets
+    of keys and values of a simplicial layer.
+
+    Windowed layers keep what a query can reach: W tokens, local IHA under virtual causality (and P > 1) W + 1; others
+    `length`. Raises ValueError for a layer kind without a formula.
+    """
+    check_kind(kind)
+    iha = model.iha
+    one_more = iha.causality == "virtual" and iha.pseudo_heads > 1
+    reach = {
+        "mha_local": (model.window,),
+        "iha_local": (iha.window + one_more,),
+        "simplicial": (length, length),
+        "simplicial_local": (model.simplicial.window, model.simplicial.second_window),
+    }
+    return tuple(min(tokens, length) for tokens in reach.get(kind, (length,)))
+
+
+def cache_bytes(model: ModelConfig, batch_size: int, length: int) -> int:
+    """Bytes of the keys and values that decoding `batch_size` rows of up to `length` tokens keeps.
+
+    `2 B K d b` times the `cache_tokens` of all layers, b bytes a number of `compute_dtype`. IHA caches unmixed keys and
+    values, so a global IHA layer's cache is as large as an MHA layer's. Raises ValueError for a layer kind without a
+    formula.
+    """
+    tokens = sum(sum(cache_tokens(model, kind, length)) for kind in model.layer_kinds)
+    width = {"float32": 4, "bfloat16": 2}[model.compute_dtype]
+    return 2 * batch_size * model.num_kv_heads * model.head_width * width * tokens

@@ -14,7 +14,6 @@ from flax import nnx
 
 from iha_jax.accounting import count_parameters, flops_per_token, layer_pairs
 from iha_jax.config import LAYER_KINDS
-from iha_jax.evaluation.generate import sample
 from iha_jax.model import ATTENTION, abstract_parameters, bind, initialize
 from iha_jax.ops import apply_rope, dot_product_attention, query_blocks, reference_baselines, simplicial, talking_heads
 from iha_jax.training.banner import kernels
@@ -248,16 +247,13 @@ def every_kind():
     return config, perturbed(initialize(config.model, KEY), scale=0.05)
 
 
-def test_a_model_of_every_kind_is_sampled_diagnosed_and_described(every_kind):
+def test_a_model_of_every_kind_is_diagnosed_and_described(every_kind):
     config, parameters = every_kind
-    assert sample(config.model, parameters, np.asarray([3, 1, 4]), new_tokens=2, temperature=0).shape == (2,)
     tokens = random_tokens(config)
     assert np.isfinite(largest_logit(config.model, parameters, tokens, jnp.ones_like(tokens)))
     norms = {name for name in mixing_diagnostics(parameters) if name.endswith("_norm")}
     assert {"logits_mix_norm", "lambda_query_1_norm", "mix_value_norm", "collapse_norm"} < norms
     assert set(kernels(config)) == set(LAYER_KINDS)
-    with pytest.raises(ValueError, match="bidirectional"):
-        sample(dataclasses.replace(config.model, causal=False), parameters, np.asarray([3]), new_tokens=1)
 
 
 def as_mha(kind, change, **settings):

@@ -22,7 +22,7 @@ from iha_jax.training.run_directory import common_facts, load_run_config
 from iha_jax.training.state import abstract_parameters_on
 
 if TYPE_CHECKING:  # what generating and scoring need is imported by tasks that do so
-    from iha_jax.evaluation.decoding.generate import Generator
+    from iha_jax.evaluation.decoding.generator import Generator
     from iha_jax.evaluation.scoring import Scorer
 
 
@@ -74,7 +74,7 @@ class RunModel:
 
     @functools.cached_property
     def _generator(self) -> "Generator":
-        from iha_jax.evaluation.decoding.generate import Generator
+        from iha_jax.evaluation.decoding.generator import Generator
 
         return Generator(self.run.config.model, self.run.parameters, self.tokenizer, **self._options)
 

@@ -240,16 +240,23 @@ class DifferentialAttention(MultiHeadAttention):
         self, x_BND: Float[Array, "B N D"], segment_ids_BN: Int[Array, "B N"] | None, layer: Array | int
     ) -> Float[Array, "B N D"]:
         q_BNHd, k_BNKd, v_BNKd = self.project(x_BND)
-        lambda_init = 0.8 - 0.6 * jnp.exp(-0.3 * (jnp.asarray(layer, jnp.float32) - 1))
-        first = jnp.exp(jnp.sum(self.lambda_query_1[...] * self.lambda_key_1[...]))
-        second = jnp.exp(jnp.sum(self.lambda_query_2[...] * self.lambda_key_2[...]))
+        lambda_init, lambda_ = self.lambdas(layer)
         B, N, _, d = q_BNHd.shape
         q, k, v = (x.reshape(B, N, -1, 2 * d) for x in (q_BNHd, k_BNKd, v_BNKd))  # pairs of heads stay together
         arguments = [(q, "B N H d"), (k, "B N K d"), (v, "B N K d"), (segment_ids_BN, "B N")]
-        arguments += [(first - second + lambda_init, "")]
+        arguments += [(lambda_, "")]
         out_BNhe = on_each_device(self.attend, arguments, "B N H e", self.exchange())
-        out_BNhe = self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
-        return self.project_back(out_BNhe.reshape(q_BNHd.shape))
+        return self.project_back(self.normalize(out_BNhe, lambda_init).reshape(q_BNHd.shape))
+
+    def lambdas(self, layer: Array | int) -> tuple[Array, Array]:
+        """lambda_init and lambda of a layer, float32 scalars."""
+        lambda_init = 0.8 - 0.6 * jnp.exp(-0.3 * (jnp.asarray(layer, jnp.float32) - 1))
+        first = jnp.exp(jnp.sum(self.lambda_query_1[...] * self.lambda_key_1[...]))
+        second = jnp.exp(jnp.sum(self.lambda_query_2[...] * self.lambda_key_2[...]))
+        return lambda_init, first - second + lambda_init
+
+    def normalize(self, out_BNhe: Array, lambda_init: Array) -> Array:
+        return self.head_norm(out_BNhe) * (1 - lambda_init).astype(out_BNhe.dtype)
 
     def attend(
         self, q_BNHd: Array, k_BNKd: Array, v_BNKd: Array, segment_ids_BN: Array | None, *mixing: Array

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from iha_jax.array_types import Array, Float
+from iha_jax.array_types import Array, Float, Int
 
 _FINE = 1024  # positions tabled directly; longer runs are made of coarse and fine angles
 
@@ -33,6 +33,19 @@ def rotation_of_range(
     cos_b, sin_b = rotation(np.arange(_FINE) * stride, width, theta, dtype)
     cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
     return cos.reshape(-1, width // 2)[:count], sin.reshape(-1, width // 2)[:count]
+
+
+def rotation_at(
+    positions: Int[Array, "..."], limit: int, stride: int, width: int, theta: float, dtype: jax.typing.DTypeLike
+) -> tuple[Array, Array]:
+    """Rows `positions` (a traced array of integers below `limit`) of `rotation_of_range`: `[..., width / 2]` twice."""
+    if limit <= _FINE:
+        cos, sin = rotation(np.arange(limit) * stride, width, theta, dtype)
+        return cos[positions], sin[positions]
+    coarse = np.arange(-(-limit // _FINE)) * (_FINE * stride)
+    cos_a, sin_a = (x[positions // _FINE] for x in rotation(coarse, width, theta, dtype))
+    cos_b, sin_b = (x[positions % _FINE] for x in rotation(np.arange(_FINE) * stride, width, theta, dtype))
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
 
 
 def rotate(x: Float[Array, "... d"], cos: Float[Array, "..."], sin: Float[Array, "..."]) -> Float[Array, "... d"]:
