@@ -11,7 +11,7 @@ from iha_jax.evaluation.text_model import Sampling, TextModel
 
 # Task: where its function `(model: TextModel, options: Options) -> TaskResult` is, imported when asked for.
 TASKS: dict[str, str] = {}
-PREFIXES: dict[str, str] = {}  # the same for "prefix:<name>", whose function takes the name first
+PREFIXES: dict[str, str] = {"lm_eval": "iha_jax.evaluation.harness:lm_eval_task"}  # of "prefix:<name>", name first
 
 
 @dataclass(frozen=True, kw_only=True)
