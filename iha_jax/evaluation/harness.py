@@ -75,13 +75,8 @@ def _check(options: Options) -> None:
 
 def _evaluate(name: str, adapter: Any, options: Options) -> Mapping[str, Any]:
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=options.data.get("lm_eval"))
-    if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-        hint = f"near ones: {', '.join(near)}" if near else "expected a task's name, such as arc_easy"
-        raise ValueError(f"lm_eval has no task {name!r}; {hint}")
+    manager = _task_manager(name, options.data.get("lm_eval"))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork this process, which has threads
     try:
         return lm_eval.simple_evaluate(
@@ -106,6 +101,22 @@ def _evaluate(name: str, adapter: Any, options: Options) -> Mapping[str, Any]:
                 f"lm_eval:{name} would run the model's code without a sandbox; expected the tasks humaneval and mbpp"
             ) from error
         raise
+
+
+def _task_manager(name: str, folder: str | None) -> Any:
+    """Where the task is found. The harness's own thousands of tasks take seconds to read: only when needed."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if name in manager.all_subtasks:
+            return manager
+    manager = TaskManager(include_path=folder)
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+        hint = f"near ones: {', '.join(near)}" if near else "expected a task's name, such as arc_easy"
+        raise ValueError(f"lm_eval has no task {name!r}; {hint}")
+    return manager
 
 
 def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
