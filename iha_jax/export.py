@@ -1,11 +1,11 @@
 """The command that writes a checkpoint as `safetensors` + `config.json`, and the function that reads it again.
 
-Global causal MHA with RoPE is written as Hugging Face's `transformers` loads it (`model/transformers_layout.py`); the
-folder then is a model there, `AutoModelForCausalLM.from_pretrained(DIR)`. Every other model has the plain layout: our own
+Global causal MHA with RoPE is written as Hugging Face's `transformers` loads it (`model/transformers_layout.py`): the
+folder is a model there, `AutoModelForCausalLM.from_pretrained(DIR)`. Every other model has the plain layout: our own
 names with dots, `layers.3.attention.query` (layers from 0), and our own shapes, which `config.json` lists under
-`iha_jax.weights`: V vocabulary, D width, H heads, K key/value heads, d head width, F feed-forward width; s, g source and
-output heads, h heads, p pseudo-heads. What is computed with them: `iha_jax/ops/reference.py` (every mechanism as
-loops) and `iha_jax/model/transformer.py`; a product is `x[D] W[D, H, d]`, with the inputs in front.
+`iha_jax.weights`. V vocabulary, D width, H heads, K key/value heads, d head width, F feed-forward width; s and g source
+and output heads, h heads, p pseudo-heads. What is computed with them: `iha_jax/ops/reference.py` (attention as loops)
+and `iha_jax/model/transformer.py`; weights have their inputs in front, `q[H, d] = sum_D x[D] query[D, H, d]`.
 
 `config.json` holds our model config (`iha_jax.model`) in both layouts, and `load_exported` reads both.
 """
@@ -249,8 +249,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
 def _safetensors() -> Any:
     try:
-        import safetensors
-        import safetensors.numpy
+        import safetensors  # pyright: ignore[reportMissingImports]
+        import safetensors.numpy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("exporting needs a library that is not installed: pip install 'iha_jax[export]'") from error
     return safetensors

@@ -11,23 +11,24 @@ import pytest
 
 from iha_jax.config import LAYER_KINDS
 from iha_jax.evaluation.command import Restored
-from iha_jax.model import bind, initialize
+from iha_jax.model import abstract_parameters, bind
 from tests.tiny import tiny
 from tests.tiny_tokenizers import huggingface
 
 pytest.importorskip("safetensors")
 
-from iha_jax.export import export, load_exported  # noqa: E402  needs safetensors
+from iha_jax.export import export, load_exported
 
 
 def restored(**changes):
     config = tiny(**(dict(model__compute_dtype="float32", model__num_layers=3) | changes))
     rng = np.random.default_rng(0)
 
-    def value(leaf):  # of every weight another, norms included: initial norms are all ones
-        return jnp.asarray(rng.normal(size=leaf.shape, scale=0.3) + (leaf == 1).all(), jnp.float32)
+    def value(path, leaf):  # of every weight another, norms included
+        center = 1 if path[-1].key == "scale" else 0
+        return jnp.asarray(rng.normal(center, 0.3, leaf.shape), jnp.float32)
 
-    parameters = jax.tree.map(value, initialize(config.model, jax.random.key(0)))
+    parameters = jax.tree_util.tree_map_with_path(value, abstract_parameters(config.model))
     return Restored(config, parameters, 7, None)
 
 
@@ -41,15 +42,17 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", [*LAYER_KINDS, "transformers"])
-def test_read_back_bit_for_bit(kind, tmp_path):
-    pattern = ("mha",) if kind == "transformers" else (kind, "mha")  # a whole group and one layer left over
-    run = restored(model__layer_pattern=pattern, model__mlp="swiglu", model__tie_embeddings=False)
-    written = export(run, str(tmp_path / "out"), layout="auto" if kind == "transformers" else "plain")
+@pytest.mark.parametrize("layout", ["plain", "transformers"])
+def test_read_back_bit_for_bit(layout, tmp_path):
+    pattern = LAYER_KINDS if layout == "plain" else ("mha",)
+    layers = len(pattern) + 2  # whole repetitions, and for the long pattern two layers left over
+    changes = dict(model__layer_pattern=pattern, model__num_layers=layers, model__mlp="swiglu")
+    run = restored(**changes, model__tie_embeddings=False)
+    written = export(run, str(tmp_path / "out"))
     config, parameters = load_exported(str(tmp_path / "out"))
     assert config == run.config.model
     assert_same(parameters, run.parameters)
-    assert written["layout"] == ("transformers" if kind == "transformers" else "plain")
+    assert written["layout"] == layout
     assert written["bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(run.parameters))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -100,12 +103,11 @@ def test_bfloat16_rounds_to_nearest(tmp_path):
         ("ApertusForCausalLM", dict(model__mlp="gelu", model__qk_norm=True, model__tie_embeddings=False)),
     ],
 )
-@pytest.mark.parametrize("shard_bytes", [2**30, 10_000])
-def test_logits_of_transformers(name, changes, shard_bytes, tmp_path, monkeypatch):
+def test_logits_of_transformers(name, changes, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     run = restored(**MHA, **changes, model__rope_theta=1234.0)
-    export(run, str(tmp_path / "out"), shard_bytes=shard_bytes)
+    export(run, str(tmp_path / "out"), shard_bytes=10_000)  # several files
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(model).__name__ == name
     assert not report["missing_keys"]
@@ -113,7 +115,7 @@ def test_logits_of_transformers(name, changes, shard_bytes, tmp_path, monkeypatc
     tokens = np.random.default_rng(1).integers(0, 257, (2, 19))
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
-    ours = np.asarray(bind(run.config.model, run.parameters)(tokens))
+    ours = np.asarray(bind(run.config.model, run.parameters)(jnp.asarray(tokens)))
     assert ours.std() > 0.5
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-5 * np.abs(ours).max())
 

@@ -18,7 +18,7 @@ from tests.tiny import tiny
 
 pytest.importorskip("lm_eval")
 
-from iha_jax.evaluation.harness_model import HarnessModel, sampling  # noqa: E402  needs the harness
+from iha_jax.evaluation.harness_model import HarnessModel, sampling
 
 CHOICE = """
 task: tiny_choice
@@ -121,10 +121,10 @@ def test_multiple_choice(folder):
 def test_limit_and_shots(folder):
     model = Scripted()
     found = run("tiny_choice", model, folder, limit=1)
-    assert len(found.records) == 1 and found.metrics["acc"] == 1.0
+    assert [record["acc"] for record in found.records] == [1.0]
     assert found.intervals["acc"] == pytest.approx((1 / (1 + 1.959963984540054**2), 1.0))  # Wilson's, 1 of 1
     seen = run("tiny_choice", Scripted(), folder, shots=1).records[0]["arguments"][0][0]
-    assert seen.endswith("\n\na") and seen != "a"
+    assert seen.removesuffix("\n\na") in ("aa b b".replace("b b", "bbbb"), "aaa c")  # another example, solved
 
 
 def test_rolling(folder):
@@ -154,7 +154,9 @@ def test_a_real_model_gives_its_own_scores(folder):
 
     class Model(Scripted):
         context_length = config.context_length
-        score = scorer.score
+
+        def score(self, requests):
+            return scorer.score(requests)
 
     model = Model()
     encode = model.tokenizer.encode
@@ -185,7 +187,7 @@ def test_generation_arguments():
     assert sampling({"do_sample": False, "temperature": 0.7}).temperature == 0.0
     with pytest.raises(ValueError, match="num_beams not understood; expected until, max_gen_toks"):
         sampling({"num_beams": 4})
-    with pytest.raises(ValueError, match="max_gen_toks.*many"):
+    with pytest.raises(ValueError, match=r"max_gen_toks.*many"):
         sampling({"max_gen_toks": "many"})
 
 

@@ -1,6 +1,8 @@
 """Scores of continuations against a plain loop; independence of batches and buckets; windows over long texts."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,14 +122,11 @@ def test_windows_are_those_of_the_harness():
 
 
 def test_a_long_text_is_the_sum_of_its_windows(config, parameters, mesh, plain):
-    class Model:
-        context_length = N
-        score = Scorer(config, parameters, DOCUMENT, mesh, batch_size=2).score
-
+    model: Any = SimpleNamespace(context_length=N, score=Scorer(config, parameters, DOCUMENT, mesh, batch_size=2).score)
     text = requests((0, 2 * N + 3))[0][1]
     windows = [([], text[:N]), (text[N - 1 : N], text[N : 2 * N]), (text[N + 2 : 2 * N], text[2 * N :])]
     expected = math.fsum(plain(*window)[0] for window in windows)
-    assert rolling_log_likelihoods(Model(), [text, text[:0], text[:4]]) == pytest.approx(
+    assert rolling_log_likelihoods(model, [text, text[:0], text[:4]]) == pytest.approx(
         [expected, 0.0, plain([], text[:4])[0]], rel=1e-5
     )
 

@@ -74,12 +74,13 @@ def _check(options: Options) -> None:
 
 
 def _evaluate(name: str, adapter: Any, options: Options) -> Mapping[str, Any]:
-    import lm_eval
+    import lm_eval  # pyright: ignore[reportMissingImports]
 
+    evaluate: Any = lm_eval.simple_evaluate
     manager = _task_manager(name, options.data.get("lm_eval"))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork this process, which has threads
     try:
-        return lm_eval.simple_evaluate(
+        return evaluate(
             model=adapter,
             tasks=[name],
             num_fewshot=options.shots,
@@ -105,7 +106,7 @@ def _evaluate(name: str, adapter: Any, options: Options) -> Mapping[str, Any]:
 
 def _task_manager(name: str, folder: str | None) -> Any:
     """Where the task is found. The harness's own thousands of tasks take seconds to read: only when needed."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     if folder is not None:
         manager = TaskManager(include_path=folder, include_defaults=False)
@@ -130,7 +131,8 @@ def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _values(samples: Sequence[Mapping[str, Any]], metric: str, filter_name: str) -> list[float]:
     """The metric of every example, none where it is not a number for each."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == filter_name]
-    return [float(x) for x in values] if all(isinstance(x, numbers.Real) for x in values) else []
+    told = [float(x) for x in values if isinstance(x, numbers.Real)]
+    return told if len(told) == len(values) else []
 
 
 def _interval(value: float, error: Any, values: Sequence[float]) -> tuple[float, float]:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 
 from iha_jax.evaluation.scoring import rolling_log_likelihoods
 from iha_jax.evaluation.text_model import Sampling, TextModel
@@ -54,11 +53,11 @@ class HarnessModel(TemplateLM):
             self._count(score.dropped_tokens)
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [self.model.tokenizer.encode(request.args[0]) for request in requests]
         return rolling_log_likelihoods(self.model, texts)
 
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Requests that sample alike run together. Raises ValueError for an argument that is not understood."""
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Plain multi-head attention as Hugging Face's `transformers` names and lays out its weights, where a class fits exactly.
+"""Models of plain multi-head attention as Hugging Face's `transformers` names and lays out weights, where a class fits.
 
 | feed-forward | QK-norm | class                | its hidden_act      |
 |--------------|---------|----------------------|---------------------|
