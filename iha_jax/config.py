@@ -220,6 +220,17 @@ def resolve(values: Any) -> Config:
     return config
 
 
+def resolve_model(values: Any) -> ModelConfig:
+    """The `model` section of a resolved config, as `as_dict` writes it, checked. Raises ConfigError as `resolve`."""
+    problems: list[str] = []
+    model = _build(ModelConfig, values, "config.model", problems)
+    if model is not None and not problems:
+        problems += _check_model(model)
+    if problems or model is None:
+        raise ConfigError(problems)
+    return model
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """The config as plain nested dictionaries, the way `config.json` holds it (tuples become lists)."""
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}

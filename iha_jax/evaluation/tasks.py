@@ -18,6 +18,7 @@ TASKS: dict[str, str] = {
 # The same for "prefix:<name>", whose function takes the name first.
 PREFIXES: dict[str, str] = {
     "ruler": "iha_jax.evaluation.ruler.task:ruler_subtask",
+    "lm_eval": "iha_jax.evaluation.harness:lm_eval_task",
 }
 
 
