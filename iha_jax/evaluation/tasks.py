@@ -10,7 +10,12 @@ from iha_jax.comparison.statistics import estimate
 from iha_jax.evaluation.text_model import Sampling, TextModel
 
 # Task: where its function `(model: TextModel, options: Options) -> TaskResult` is, imported when asked for.
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "gsm8k": "iha_jax.evaluation.reasoning.gsm8k:run_gsm8k",
+    "math500": "iha_jax.evaluation.reasoning.math500:run_math500",
+    "mbpp": "iha_jax.evaluation.reasoning.code:run_mbpp",
+    "humaneval": "iha_jax.evaluation.reasoning.code:run_humaneval",
+}
 PREFIXES: dict[str, str] = {}  # the same for "prefix:<name>", whose function takes the name first
 
 

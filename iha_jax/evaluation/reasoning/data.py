@@ -2,8 +2,8 @@
 
 import gzip
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -11,48 +11,51 @@ from etils import epath
 from iha_jax.evaluation.tasks import Options
 
 Row = dict[str, Any]
+T = TypeVar("T")
+SPLIT = "test"
 
 
 def rows_of(
-    task: str, options: Options, fields: Sequence[str | tuple[str, ...]], *, hub: str, split: str = "test"
-) -> list[Row]:
-    """The rows of `options.data[task]`, each with `fields`, all of them: `options.limit` is the task's to apply.
+    task: str, options: Options, fields: Sequence[str | tuple[str, ...]], parse: Callable[[Row], T], *, hub: str
+) -> list[T]:
+    """The first `options.limit` rows of `options.data[task]`, checked for `fields` and parsed.
 
     A place is a `.jsonl` or `.jsonl.gz` file (local or a bucket's), `hub:owner/name[:config]` (the `datasets` library),
     or else a TFDS name or a folder that TFDS prepared. A field given as a tuple is any one of these.
 
     Raises:
-      ValueError: naming task, place and field, or the line of a file, of what is missing or malformed.
+      ValueError: naming task, place and field, or the line of a file, of what is missing or malformed; also what
+        `parse` raises.
     """
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit = {options.limit}: expected at least 1")
     place = options.data.get(task)
     if place is None:
         raise ValueError(
-            f"task {task}: no data. Say data of {task} as a .jsonl file with fields {_names(fields)}, "
-            f"as a TFDS name, or as {hub} (downloads; needs the library 'datasets')"
+            f"task {task}: no data. Expected for it a .jsonl file with fields {_names(fields)}, a TFDS name, "
+            f"or {hub} (downloads; needs the library 'datasets')"
         )
     if place.endswith((".jsonl", ".jsonl.gz")):
         rows = _read_jsonl(task, place)
     elif place.startswith("hub:"):
-        rows = _read_hub(task, place, split)
+        rows = _read_hub(task, place)
     else:
-        rows = _read_tfds(task, place, split)
+        rows = _read_tfds(task, place)
     if not rows:
         raise ValueError(f"task {task}: {place} holds no example")
-    for where, row in rows:
+    parsed = []
+    for where, row in rows[: options.limit]:
         for field in fields:
             choices = (field,) if isinstance(field, str) else field
             if not any(row.get(name) is not None for name in choices):
                 raise ValueError(
                     f"task {task}: {where} has no field {' or '.join(map(repr, choices))}; it has {sorted(row)}"
                 )
-    return [row for _, row in rows]
-
-
-def limited(rows: Sequence[Row], options: Options) -> list[Row]:
-    """The first `options.limit` rows. Raises ValueError for a limit that leaves none."""
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"limit = {options.limit}: expected at least 1")
-    return list(rows[: options.limit])
+        try:
+            parsed.append(parse(row))
+        except ValueError as error:
+            raise ValueError(f"task {task}: {where}: {error}") from error
+    return parsed
 
 
 def _names(fields: Sequence[str | tuple[str, ...]]) -> str:
@@ -82,27 +85,27 @@ def _read_jsonl(task: str, place: str) -> list[tuple[str, Row]]:
     return rows
 
 
-def _read_hub(task: str, place: str, split: str) -> list[tuple[str, Row]]:
+def _read_hub(task: str, place: str) -> list[tuple[str, Row]]:
     try:
         import datasets
     except ImportError as error:
         raise ValueError(f"task {task}: {place} needs the library 'datasets': pip install datasets") from error
     name, _, config = place.removeprefix("hub:").partition(":")
     try:
-        found: Any = datasets.load_dataset(name, config or None, split=split)
+        found: Any = datasets.load_dataset(name, config or None, split=SPLIT)
     except Exception as error:  # whatever the hub, the network or the library raises
-        raise ValueError(f"task {task}: {place}, split {split!r}, cannot be read: {error}") from error
+        raise ValueError(f"task {task}: {place}, split {SPLIT!r}, cannot be read: {error}") from error
     return [(f"{place}, example {i}", dict(row)) for i, row in enumerate(found)]
 
 
-def _read_tfds(task: str, place: str, split: str) -> list[tuple[str, Row]]:
+def _read_tfds(task: str, place: str) -> list[tuple[str, Row]]:
     from iha_jax.data.text import open_builder
 
     try:
         builder = open_builder(place)
-        found = builder.as_data_source(split)
+        found = builder.as_data_source(SPLIT)
     except Exception as error:  # TFDS raises many kinds for a set that is not there, not prepared or without the split
-        raise ValueError(f"task {task}: {place}, split {split!r}, cannot be read with TFDS: {error}") from error
+        raise ValueError(f"task {task}: {place}, split {SPLIT!r}, cannot be read with TFDS: {error}") from error
     return [(f"{place}, example {i}", {k: _plain(v) for k, v in found[i].items()}) for i in range(len(found))]
 
 

@@ -1,7 +1,6 @@
 """What the four tasks share: how they sample, how a prompt becomes a conversation, one record a sample."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from iha_jax.evaluation.tasks import Options, TaskResult
@@ -41,7 +40,7 @@ def sampling_of(task: str, options: Options, *, max_tokens: int, stop: Sequence[
             f"task {task}: {sampling.samples} samples at temperature 0 are all the same; "
             f"set a temperature, such as the paper's {PAPER_SAMPLING.temperature}"
         )
-    return replace(sampling)
+    return sampling
 
 
 def conversation(shots: Sequence[Shot], question: str) -> str:
