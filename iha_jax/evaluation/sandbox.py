@@ -1,8 +1,8 @@
 """Programs that a model wrote run here and nowhere else: in bubblewrap, or not at all.
 
-A program sees the interpreter and its standard library, read-only, and an empty /tmp of its own: no network, no home, no
-working directory, no environment, no other process. It runs as a user without privileges (started by root: as an unused
-user id) under limits of memory, CPU time, wall time, processes, files and output. All it started dies with it.
+A program sees the interpreter and its standard library, read-only, and an empty /tmp of its own: no network, no home,
+no working directory, no environment, no other process. It runs as a user without privileges (started by root: as an
+unused user id) under limits of memory, CPU time, wall time, processes, files and output. All it started dies with it.
 
 A program has passed when its last statement has ended: leaving early, with whatever exit status, is failing. What tells
 is a random token that the interpreter's frame above the program writes afterwards. This judges programs that are wrong;

@@ -1,4 +1,4 @@
-"""The sandbox tests itself before it is used: hostile programs that it must contain, and an honest one that must run."""
+"""The sandbox tests itself before it is used: hostile programs that it must contain, an honest one that must run."""
 
 import functools
 import re
@@ -17,8 +17,8 @@ def require(*, allowed: bool) -> None:
     """Says that model-written code may run, before any is generated; does nothing more.
 
     Raises:
-      ValueError: without `allowed`, where bubblewrap is missing or older than 0.8, and where a test of the sandbox fails;
-        naming the test, and what to install.
+      ValueError: without `allowed`, where bubblewrap is missing or older than 0.8, and where a test of the sandbox
+        fails; naming the test, and what to install.
     """
     if not allowed:
         raise ValueError(

@@ -54,9 +54,16 @@ def mbpp_problem(row: Row) -> Problem:
     return Problem(str(row["task_id"]), str(row.get("text") or row.get("prompt")), tuple(tests), str(setup))
 
 
+def _test_split(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """Tasks 11 to 510 where the file is the whole published set."""
+    if sorted(str(row.get("task_id")) for _, row in rows) != sorted(map(str, range(1, 975))):
+        return list(rows)
+    return [(where, row) for where, row in rows if 11 <= int(row["task_id"]) <= 510]
+
+
 def mbpp_question(task: str, tests: Sequence[str]) -> str:
-    shown = "\n".join(tests)
-    return f"You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:\n\n{shown}"
+    expert = f"You are an expert Python programmer, and here is your task: {task}"
+    return "\n".join([f"{expert} Your code should pass these tests:\n", *tests])
 
 
 def mbpp_prompt(problem: Problem, shots: int, *, chat: bool) -> str:
@@ -83,7 +90,8 @@ def run_mbpp(model: TextModel, options: Options) -> TaskResult:
     shots = shot_count("mbpp", options, len(MBPP))
     sampling = sampling_of("mbpp", options, max_tokens=512, stop=("[DONE]",))
     fields = (("text", "prompt"), "test_list", "task_id")
-    problems = rows_of("mbpp", options, fields, mbpp_problem, hub="hub:google-research-datasets/mbpp:full")
+    hub = "hub:google-research-datasets/mbpp:full"
+    problems = rows_of("mbpp", options, fields, mbpp_problem, hub=hub, select=_test_split)
     prompts = [mbpp_prompt(one, shots, chat=options.chat) for one in problems]
     completions = complete(model, prompts, sampling)
     programs = [

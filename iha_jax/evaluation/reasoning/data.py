@@ -12,13 +12,20 @@ from iha_jax.evaluation.tasks import Options
 
 Row = dict[str, Any]
 T = TypeVar("T")
+Located = tuple[str, Row]  # where a row is, for messages
 SPLIT = "test"
 
 
 def rows_of(
-    task: str, options: Options, fields: Sequence[str | tuple[str, ...]], parse: Callable[[Row], T], *, hub: str
+    task: str,
+    options: Options,
+    fields: Sequence[str | tuple[str, ...]],
+    parse: Callable[[Row], T],
+    *,
+    hub: str,
+    select: Callable[[Sequence[Located]], Sequence[Located]] = list,
 ) -> list[T]:
-    """The first `options.limit` rows of `options.data[task]`, checked for `fields` and parsed.
+    """The first `options.limit` rows of those that `select` leaves of `options.data[task]`, checked and parsed.
 
     A place is a `.jsonl` or `.jsonl.gz` file (local or a bucket's), `hub:owner/name[:config]` (the `datasets` library),
     or else a TFDS name or a folder that TFDS prepared. A field given as a tuple is any one of these.
@@ -44,7 +51,7 @@ def rows_of(
     if not rows:
         raise ValueError(f"task {task}: {place} holds no example")
     parsed = []
-    for where, row in rows[: options.limit]:
+    for where, row in select(rows)[: options.limit]:
         for field in fields:
             choices = (field,) if isinstance(field, str) else field
             if not any(row.get(name) is not None for name in choices):
@@ -62,7 +69,7 @@ def _names(fields: Sequence[str | tuple[str, ...]]) -> str:
     return ", ".join(field if isinstance(field, str) else " or ".join(field) for field in fields)
 
 
-def _read_jsonl(task: str, place: str) -> list[tuple[str, Row]]:
+def _read_jsonl(task: str, place: str) -> list[Located]:
     path = epath.Path(place).expanduser()
     if not path.exists():
         raise ValueError(f"task {task}: no file {place}")
@@ -85,7 +92,7 @@ def _read_jsonl(task: str, place: str) -> list[tuple[str, Row]]:
     return rows
 
 
-def _read_hub(task: str, place: str) -> list[tuple[str, Row]]:
+def _read_hub(task: str, place: str) -> list[Located]:
     try:
         import datasets
     except ImportError as error:
@@ -98,7 +105,7 @@ def _read_hub(task: str, place: str) -> list[tuple[str, Row]]:
     return [(f"{place}, example {i}", dict(row)) for i, row in enumerate(found)]
 
 
-def _read_tfds(task: str, place: str) -> list[tuple[str, Row]]:
+def _read_tfds(task: str, place: str) -> list[Located]:
     from iha_jax.data.text import open_builder
 
     try:

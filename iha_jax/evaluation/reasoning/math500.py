@@ -19,7 +19,7 @@ from iha_jax.evaluation.reasoning.sampling import (
 from iha_jax.evaluation.tasks import Options, TaskResult
 from iha_jax.evaluation.text_model import TextModel
 
-_FINAL = re.compile(r"[Ff]inal [Aa]nswer is:?\s*(.+?)\.?\s*(?:I hope it is correct|\n|$)")
+_FINAL = re.compile(r"[Ff]inal [Aa]nswer is:?\s*((?s:.)+?)\.?\s*I hope it is correct|[Ff]inal [Aa]nswer is:?\s*(.+)")
 
 
 def last_boxed(text: str) -> str | None:
@@ -43,7 +43,7 @@ def last_boxed(text: str) -> str | None:
 def math_answer(text: str) -> str | None:
     """The LaTeX of "The final answer is ...", else of the last box; without dollar signs."""
     if found := _FINAL.search(text):
-        said = found.group(1)
+        said = (found.group(1) or found.group(2)).strip().removesuffix(".")
         return last_boxed(said) or said.strip().strip("$").strip() or None
     return last_boxed(text)
 
@@ -74,7 +74,10 @@ def prompt_of(problem: Problem, shots: int, *, chat: bool) -> str:
 
 
 def classes_of(answers: Sequence[str | None], gold: str, equivalence: Equivalence) -> list[int | None]:
-    """The class of each answer: 0 those equal to gold, else the first earlier answer (from 1) it equals; None for none."""
+    """The class of each answer: 0 for gold's, else the number (from 1) of the first answer of its kind; None for none.
+
+    Each is compared with the first of every class, so a class is what equals its first.
+    """
     firsts, found = [gold], []
     for answer in answers:
         if answer is None:

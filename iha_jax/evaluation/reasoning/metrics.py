@@ -39,7 +39,7 @@ def ks_up_to(samples: int) -> list[int]:
 
 
 def pass_metrics(correct: Sequence[Sequence[bool]], suffix: str = "") -> dict[str, list[float]]:
-    """Values of each problem by metric, from correct[problem][sample]: `p@k` for k of 1, 5, 10 and 16 up to the samples.
+    """Values of each problem by metric, from correct[problem][sample]: `p@k`, k of 1, 5, 10, 16 up to the samples.
 
     `p@1` is the mean over samples. Of one greedy sample it is exact match.
     """

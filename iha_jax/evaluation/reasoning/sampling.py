@@ -6,7 +6,7 @@ from typing import Any
 from iha_jax.evaluation.tasks import Options, TaskResult
 from iha_jax.evaluation.text_model import Completion, Sampling, TextModel
 
-# How the paper samples after fine-tuning: --samples=16 --temperature=0.6. The default of the tasks is one greedy sample.
+# How the paper samples after fine-tuning: --samples=16 --temperature=0.6. The tasks' default is one greedy sample.
 PAPER_SAMPLING = Sampling(temperature=0.6, samples=16)
 
 Shot = tuple[str, str]  # what is asked, what is answered
@@ -87,7 +87,7 @@ def result_of(
     completions: Sequence[Completion],
     records: list[dict[str, Any]],
 ) -> TaskResult:
-    """With what every task says of its run: sampling, problems, prompts that did not fit, samples that never stopped."""
+    """With what every task says of its run: sampling, problems, prompts cut, samples that never stopped."""
     settings = {
         **settings,
         "problems": len(completions),
