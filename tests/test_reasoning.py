@@ -6,12 +6,14 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from test_sandbox import contained
 
 from iha_jax.data.tokenizers import Bytes
 from iha_jax.evaluation import sandbox_check
 from iha_jax.evaluation.reasoning import code, examples, gsm8k, math500, sampling
+from iha_jax.evaluation.reasoning.data import rows_of
 from iha_jax.evaluation.reasoning.equivalence import Equivalence
 from iha_jax.evaluation.reasoning.metrics import majority, pass_at_k, pass_metrics, vote_metrics
 from iha_jax.evaluation.sandbox import run_programs
@@ -275,6 +277,28 @@ def test_data_that_cannot_be_used_is_named(task, text, message, tmp_path, monkey
         file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_task(task)(unasked(), Options(data={task: str(file)}))
+
+
+def test_data_prepared_by_tfds_is_read(tmp_path):
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="mbpp_like",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {"text": text, "task_id": np.int32, "test_list": tfds.features.Sequence(text)}
+        ),
+        split_datasets={"test": [{"text": "Straße", "task_id": 11, "test_list": ["assert f()", "assert not g()"]}]},
+        data_dir=str(tmp_path),
+        file_format="array_record",
+        disable_shuffling=True,
+    )
+    place = str(tmp_path / "mbpp_like" / "1.0.0")
+    rows = rows_of("mbpp", Options(data={"mbpp": place}), ("task_id",), code.mbpp_problem, hub="")
+    assert rows == [code.Problem("11", "Straße", ("assert f()", "assert not g()"))]
+    with pytest.raises(ValueError, match=r"task mbpp: .*nothing.* cannot be read with TFDS"):
+        rows_of("mbpp", Options(data={"mbpp": str(tmp_path / "nothing")}), (), code.mbpp_problem, hub="")
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math500", "mbpp"])

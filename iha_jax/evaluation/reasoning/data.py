@@ -84,7 +84,7 @@ def _read_jsonl(task: str, place: str) -> list[Located]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"task {task}: {place}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"task {task}: {place}, line {number}: expected an object, found {type(row).__name__}")
@@ -94,7 +94,7 @@ def _read_jsonl(task: str, place: str) -> list[Located]:
 
 def _read_hub(task: str, place: str) -> list[Located]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"task {task}: {place} needs the library 'datasets': pip install datasets") from error
     name, _, config = place.removeprefix("hub:").partition(":")

@@ -29,7 +29,7 @@ class Equivalence:
 
     def __enter__(self) -> "Equivalence":
         try:
-            import math_verify  # noqa: F401
+            import math_verify  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ValueError("task math500 needs the library math-verify: pip install 'iha_jax[eval]'") from error
         return self
@@ -96,13 +96,13 @@ class Equivalence:
 
 @functools.cache
 def _parsed(answer: str) -> list[Any]:
-    from math_verify import parse
+    from math_verify import parse  # pyright: ignore[reportMissingImports]
 
     return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None)
 
 
 def _equal(gold: str, answer: str) -> bool:
-    from math_verify import verify
+    from math_verify import verify  # pyright: ignore[reportMissingImports]
 
     return bool(verify(_parsed(gold), _parsed(answer), timeout_seconds=None))
 
@@ -110,7 +110,7 @@ def _equal(gold: str, answer: str) -> bool:
 def _serve() -> None:
     import resource
 
-    import math_verify  # noqa: F401
+    import math_verify  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     answers, sys.stdout = sys.stdout, sys.stderr
