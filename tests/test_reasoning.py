@@ -283,17 +283,22 @@ def test_data_prepared_by_tfds_is_read(tmp_path):
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="mbpp_like",
-        version="1.0.0",
-        features=tfds.features.FeaturesDict(
-            {"text": text, "task_id": np.int32, "test_list": tfds.features.Sequence(text)}
-        ),
-        split_datasets={"test": [{"text": "Straße", "task_id": 11, "test_list": ["assert f()", "assert not g()"]}]},
-        data_dir=str(tmp_path),
-        file_format="array_record",
-        disable_shuffling=True,
-    )
+
+    class MbppLike(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = {"text": text, "task_id": np.int32, "test_list": tfds.features.Sequence(text)}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"text": "Straße", "task_id": 11, "test_list": ["assert f()", "assert not g()"]}
+
+    MbppLike(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     place = str(tmp_path / "mbpp_like" / "1.0.0")
     rows = rows_of("mbpp", Options(data={"mbpp": place}), ("task_id",), code.mbpp_problem, hub="")
     assert rows == [code.Problem("11", "Straße", ("assert f()", "assert not g()"))]
