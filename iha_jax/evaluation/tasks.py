@@ -14,6 +14,10 @@ TASKS: dict[str, str] = {
     "loss": "iha_jax.evaluation.validation_loss:loss_task",
     "sample": "iha_jax.evaluation.sample:sample_task",
     "ruler": "iha_jax.evaluation.ruler.task:ruler",
+    "gsm8k": "iha_jax.evaluation.reasoning.gsm8k:run_gsm8k",
+    "math500": "iha_jax.evaluation.reasoning.math500:run_math500",
+    "mbpp": "iha_jax.evaluation.reasoning.code:run_mbpp",
+    "humaneval": "iha_jax.evaluation.reasoning.code:run_humaneval",
 }
 # The same for "prefix:<name>", whose function takes the name first.
 PREFIXES: dict[str, str] = {
