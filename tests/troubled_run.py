@@ -1,5 +1,6 @@
 """Program of the tests of faults: train.py, which meets the trouble its first argument describes, a JSON object."""
 
+import ctypes
 import json
 import os
 import resource
@@ -66,7 +67,10 @@ def phase(trouble, name, function):
 
 
 def hang_here():
-    time.sleep(10_000)
+    """In C, as a compiler does: without the interpreter's lock, and no signal gets it out."""
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
 
 def poison(real):
