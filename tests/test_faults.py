@@ -122,8 +122,9 @@ def test_ten_kills_change_nothing_and_every_second_is_accounted_for(data, tmp_pa
                 time.sleep(rng.uniform(0, 4))
                 victim.kill()
                 kills += 1
-            codes = processes.wait()
+            processes.processes[0].wait()  # which keeps the account
             wall += time.monotonic() - processes.began
+            codes = processes.wait()
             assert killed or codes == [0] * count, processes.texts()
             assert victim.returncode == (-signal.SIGKILL if killed else 0), processes.texts()
             assert 0 not in codes if killed else True, (codes, processes.texts())
@@ -201,8 +202,9 @@ def told_of_failed_saves(text):
 def test_saves_that_fail_are_told_tried_again_and_end_the_run(data, whole, tmp_path, count):
     workdir = tmp_path / "run"
     flags = [*SPLIT[: count - 1], "--config.model.mlp_width=2048"]  # what is printed is a file too, but smaller
+    cache = ["--compilation_cache=off"]  # whose files the limit would cut off, for the next test that reads them
     trouble = dict(full_from=4, pauses={"step": 0.3}, seconds_to_write=10)
-    command = small_command(workdir, data, trouble, flags=flags, **(EVERY | dict(steps=12, eval_every=12)))
+    command = small_command(workdir, data, trouble, flags=flags + cache, **(EVERY | dict(steps=12, eval_every=12)))
     with Processes(command, count, output=tmp_path) as processes:
         codes, texts = processes.wait(300), processes.texts()
         assert codes == [1] * count, texts
@@ -210,7 +212,9 @@ def test_saves_that_fail_are_told_tried_again_and_end_the_run(data, whole, tmp_p
     assert "MiB are free there" in texts[0]
     assert len(told_of_failed_saves(texts[0])) == 2
     assert "failed 3 times in a row, last good checkpoint: 2" in texts[0]
-    assert metrics(workdir)[-1]["step"] < 10
+    assert (
+        metrics(workdir)[-1]["step"] <= 10
+    )  # where steps take less time than writing: saved at 4, 6 and 8, told by 10
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
     command = small_command(workdir, data, flags=flags, **(EVERY | dict(steps=12, eval_every=12)))
     to_the_end(command, count, tmp_path)

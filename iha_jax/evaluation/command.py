@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,7 +149,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     try:
         start_processes(flags)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes a note, for those who save
         names = agree(lambda: _task_names(flags), lambda _: common_flags(flags))
         use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)
