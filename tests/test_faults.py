@@ -201,7 +201,7 @@ def told_of_failed_saves(text):
 @pytest.mark.parametrize("count", [1, 2])
 def test_saves_that_fail_are_told_tried_again_and_end_the_run(data, whole, tmp_path, count):
     workdir = tmp_path / "run"
-    flags = [*SPLIT[: count - 1], "--config.model.mlp_width=2048"]  # what is printed is a file too, but smaller
+    flags = [*SPLIT[: count - 1], "--config.model.mlp_width=16384"]  # what is printed is a file too, but smaller
     cache = ["--compilation_cache=off"]  # whose files the limit would cut off, for the next test that reads them
     trouble = dict(full_from=4, pauses={"step": 0.3}, seconds_to_write=10)
     command = small_command(workdir, data, trouble, flags=flags + cache, **(EVERY | dict(steps=12, eval_every=12)))
