@@ -140,6 +140,25 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(folder, added, mess
     assert contents(folder) == before
 
 
+def test_a_checkpoint_of_another_model_is_refused_with_every_difference(folder):
+    """Where the config does not tell: the checkpoints of another run were copied here."""
+    workdir = shutil.copytree(folder / "run", folder / "other_model")
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["mlp_width"] = 29
+    (workdir / "config.json").write_text(json.dumps(config))
+    command = small_command(workdir, folder / "prepared", steps=4, eval_every=4, flags=["--config.model.mlp_width=29"])
+    before = {
+        path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "provenance.json"
+    }
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"refused: checkpoint {workdir / 'checkpoints' / '4'} does not fit:" in done.stderr
+    assert "  - parameters/groups/block_0/mlp/up: shape (1, 24, 32) in the checkpoint, (1, 24, 29) exp" in done.stderr
+    assert "Traceback" not in done.stderr
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
 def test_a_refusal_takes_seconds_after_the_imports(folder):
     """As a command, with jax's imports timed apart: they are the most of it."""
 

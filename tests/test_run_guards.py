@@ -1,14 +1,17 @@
 """The small pieces beside the training loop: skipped steps, spikes and rollbacks, the watchdog, wall time."""
 
 import json
+import random
 import subprocess
 import sys
+import threading
 import time
 
 import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from iha_jax.parallel import stop
 from iha_jax.training.guard import Guard, TrainingDiverged
 from iha_jax.training.spikes import (
     LossSpike,
@@ -65,6 +68,51 @@ def test_rollbacks_leave_out_data_and_a_restart_anywhere_sees_the_same(tmp_path)
         batches = batches_without_gaps(start, rollbacks, from_position)
         assert [next(batches) for _ in range(56 - start)] == expected[start:], start
         assert data_step(start, rollbacks) == expected[start]
+
+
+@pytest.mark.parametrize("told", [[0], [2], [0, 1, 2]])
+def test_processes_that_are_at_different_steps_stop_after_the_same_one(monkeypatch, told):
+    """Three, each in a thread, whose steps and looks at the news take as long as they like."""
+    news, stopped, rng = {}, {}, random.Random(7)
+    monkeypatch.setattr(stop, "publish", news.__setitem__)
+    monkeypatch.setattr(stop, "of_first", lambda _: 0)
+    monkeypatch.setattr(stop, "of_all", lambda mine: [mine] * 3)
+    monkeypatch.setattr(stop.jax, "process_count", lambda: 3)
+
+    def look(process, waits):
+        for wait in waits:
+            time.sleep(wait)
+            process._read(dict(news))
+
+    def train(index, process, waits):
+        for step, wait in enumerate(waits, 1):
+            time.sleep(wait)
+            if process.after(step):
+                stopped[index] = step
+                return
+
+    for _ in range(10):
+        news.clear()
+        stopped.clear()
+        processes, threads = [], []
+        for index in range(3):
+            monkeypatch.setattr(stop.jax, "process_index", lambda index=index: index)
+            process = stop.StopTogether()
+            assert not process.before_first_step(0)
+            slowness, looks = rng.uniform(0, 2e-3), [rng.uniform(0, 1e-2) for _ in range(40)]
+            threads.append(threading.Thread(target=look, args=(process, looks)))
+            threads.append(threading.Thread(target=train, args=(index, process, [slowness] * 2000), daemon=True))
+            processes.append(process)
+        for thread in threads:
+            thread.start()
+        time.sleep(rng.uniform(0, 2e-2))
+        for index in told:
+            processes[index].tell()
+        for thread in threads:
+            thread.join(20)
+        assert len(stopped) == 3
+        assert len(set(stopped.values())) == 1
+        assert next(iter(stopped.values())) == max(map(int, news.values())) + 1
 
 
 HANG = """

@@ -38,32 +38,34 @@ def test_a_signal_during_an_evaluation_saves_and_leaves_after_it(data, tmp_path,
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_signal_while_compiling_leaves_as_soon_as_that_ends(data, tmp_path, count):
+@pytest.mark.parametrize("phase", ["restore", "compile"])
+def test_a_signal_before_the_first_step_leaves_without_one_and_saves_nothing(data, tmp_path, count, phase):
     workdir = tmp_path / "run"
-    with Processes(
-        small_command(workdir, data, dict(pauses={"compile": 3}), **LONG), count, output=tmp_path
-    ) as processes:
-        processes.wait_for(begun(processes, "compile"))
+    command = small_command(workdir, data, dict(pauses={phase: 3}), **LONG)
+    with Processes(command, count, output=tmp_path) as processes:
+        processes.wait_for(begun(processes, phase))
         processes.processes[-1].send_signal(signal.SIGTERM)
         assert processes.wait(120) == [75] * count, processes.texts()
-    saved = sorted(path.name for path in (workdir / "checkpoints").iterdir())
-    steps = [row["step"] for row in metrics(workdir) if row["split"] == "train"]
-    print(count, "processes:", saved, steps)
-    # Alone, no step was taken and nothing is saved. Several agree while they train: one step, and that is saved.
-    assert len(steps) < count
-    assert saved == [str(step) for step in steps]
+    assert not list((workdir / "checkpoints").iterdir())
+    assert not metrics(workdir)
+    assert "compiled the training step" in processes.texts()[0]
 
 
-def test_a_second_signal_leaves_at_once(data, tmp_path):
-    command = small_command(tmp_path / "run", data, dict(pauses={"step": 20}), **LONG)
-    with Processes(command, 1, output=tmp_path) as processes:
-        (process,) = processes.processes
-        processes.wait_for(begun(processes, "step"))
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1)
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == -signal.SIGTERM
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["compile", "step"])
+def test_a_second_signal_leaves_at_once(data, tmp_path, count, number, phase):
+    """Also where the main thread is in C, and of several processes all."""
+    command = small_command(tmp_path / "run", data, dict(hangs=[phase, 1]), **LONG)
+    with Processes(command, count, output=tmp_path) as processes:
+        hanging = processes.processes[-1]
+        processes.wait_for(lambda: f"{phase} hangs" in processes.texts()[-1])
+        hanging.send_signal(number)
+        time.sleep(2)
+        assert [process.poll() for process in processes.processes] == [None] * count
+        hanging.send_signal(number)
+        assert hanging.wait(5) == 128 + number
+        assert all(process.wait(10) != 0 for process in processes.processes)
 
 
 @pytest.mark.parametrize("trouble", ["process 1 is killed", "process 0 is killed", "process 0 raises"])

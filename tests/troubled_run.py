@@ -1,5 +1,6 @@
 """Program of the tests of faults: train.py, which meets the trouble its first argument describes, a JSON object."""
 
+import ctypes
 import json
 import os
 import resource
@@ -38,7 +39,7 @@ class Trouble:
     pauses: dict = field(default_factory=dict)  # seconds by phase; "PHASE begins" is printed
     bad: dict = field(default_factory=dict)  # kind of a batch by position in the data
     examples: str = ""  # folder for a checksum of every row that is trained on
-    full_from: int = 0  # the step from which no file may grow beyond 100,000 bytes
+    full_from: int = 0  # the step from which no file may grow beyond 1,000,000 bytes
     seconds_to_write: int = 0  # how long several processes wait for one that does not write; 0: as long as ever
     spoils: int = 0  # how many final checkpoints lose a bit before they are read back
     killed_saving: list = field(default_factory=lambda: [0, 0])  # step, milliseconds after its save began
@@ -66,7 +67,10 @@ def phase(trouble, name, function):
 
 
 def hang_here():
-    time.sleep(10_000)
+    """In C, as a compiler does: without the interpreter's lock, and no signal gets it out."""
+    mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
 
 def poison(real):
@@ -135,7 +139,7 @@ class Meter(loop.Meter):
             os.kill(os.getpid(), signal.SIGTERM)
         if trouble.is_here() and step == trouble.full_from:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
         return super().training_row(step, metrics, skipped)
 
 

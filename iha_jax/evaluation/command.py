@@ -1,7 +1,6 @@
 """The command line of evaluation: restores a run, and prints and writes what its tasks find."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -111,7 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     results: dict[str, TaskResult] = {}
     try:
         start_processes(flags)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler only takes a note, for those who save
         names, options = agree(lambda: _check(flags), lambda _: common_flags(flags))
         use_cache(flags.compilation_cache, flags.workdir)
         run = restore(flags.workdir, flags.step)

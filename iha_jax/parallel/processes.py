@@ -25,7 +25,8 @@ import jax
 from iha_jax.parallel.alive import hold
 
 T = TypeVar("T")
-_FAILED = "iha_jax/failed/"
+_NEWS = "iha_jax/news/"  # where a thread of every process looks once a second
+_FAILED = f"{_NEWS}failed"
 _SECONDS_BETWEEN_NOTES, _SECONDS_BETWEEN_LOOKS = 60, 1.0
 _MAX_DIFFERENCES = 20
 
@@ -45,6 +46,7 @@ class _Company:
     exchanges: Any = dataclasses.field(default_factory=itertools.count)
     said: str = ""  # to the others, of why they must end
     leaving: threading.Event = dataclasses.field(default_factory=threading.Event)
+    readers: list[Callable[[dict[str, str]], None]] = dataclasses.field(default_factory=list)
 
     def name(self, index: int) -> str:
         return f"process {index} ({self.hosts[index]})" if self.hosts else f"process {index}"
@@ -144,6 +146,18 @@ def of_all(value: T) -> list[T]:
     return [value] if _company is None else _company.conclude(value, lambda said: said)
 
 
+def publish(name: str, value: str) -> None:
+    """Makes `value` news for all processes, this one too, under a name that nobody has published before."""
+    assert _company is not None
+    _company.store.key_value_set(f"{_NEWS}{name}", value)
+
+
+def on_news(reader: Callable[[dict[str, str]], None]) -> None:
+    """A thread calls `reader` about once a second, with the values of all news by name; of a process alone, never."""
+    if _company is not None:
+        _company.readers.append(reader)
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes and prints for all. Touches no device."""
     return _company is None or _company.index == 0
@@ -210,28 +224,32 @@ def _leave(text: str, quiet: bool = False) -> NoReturn:
     thread.join(2)
     if _company.index == 0:
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # it serves the store: the others must have looked
-    _end()
+    end(1)
 
 
 def _publish_failure(store: Any, text: str) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process failed first, or process 0 is gone
-        store.key_value_set(f"{_FAILED}first", text)
+        store.key_value_set(_FAILED, text)
 
 
 def _watch(company: _Company) -> None:
     while not company.leaving.wait(_SECONDS_BETWEEN_LOOKS):
         try:
-            failed = company.store.key_value_dir_get(_FAILED)
+            news = dict(company.store.key_value_dir_get(_NEWS))
+            failed = news.get(_FAILED, company.said)
+            if failed != company.said:  # else it waits for the others to look
+                print(f"ended, because another process failed: {failed}", file=sys.stderr, flush=True)
+                end(1)
+            for reader in company.readers:
+                reader({key.removeprefix(_NEWS): value for key, value in news.items()})
         except jax.errors.JaxRuntimeError:
             return  # process 0 is gone; the runtime ends this process
-        if failed and failed[0][1] != company.said:  # else it waits for the others to look
-            print(f"ended, because another process failed: {failed[0][1]}", file=sys.stderr, flush=True)
-            _end()
 
 
-def _end() -> NoReturn:
+def end(code: int) -> NoReturn:
+    """Ends this process at once with exit code `code`: an ordinary exit would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():  # loader processes would stay behind
         child.kill()
-    os._exit(1)
+    os._exit(code)

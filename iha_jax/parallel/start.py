@@ -73,6 +73,8 @@ def connect(place: Place, timeout: int) -> None:
 
     if place.process_index == 0:
         _check_port(place.coordinator_address)
+    # Its handler of SIGTERM would take the signals that `iha_jax.training.preemption` waits for, and all before it.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX ends the process by itself when it cannot connect, and its message names no address.
     timer = threading.Timer(timeout, _give_up, [place, timeout])
     timer.daemon = True

@@ -19,7 +19,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Ends the process with exit code 2: the input was refused, and nothing was written."""
+    """Ends the process with exit code 2: the input was refused, and nothing was trained or written over."""
     print(f"refused: {error}", file=sys.stderr)
     sys.exit(REFUSED)
 
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.config_file import load_config
     from iha_jax.parallel.processes import agree
+    from iha_jax.training.checkpoint import CheckpointMismatch
     from iha_jax.training.compilation_cache import use_cache
     from iha_jax.training.loop import admit, train
     from iha_jax.training.run_directory import common_facts
@@ -59,4 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except ValueError as error:
         refuse(error)
     start_up.mark("data")
-    sys.exit(train(job, start_up))
+    try:
+        sys.exit(train(job, start_up))
+    except CheckpointMismatch as error:  # found when it is opened, before anything is compiled
+        refuse(error)

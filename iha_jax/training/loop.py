@@ -90,17 +90,18 @@ def train(job: Job, start_up: StartUp | None = None) -> int:
     came and the state was saved.
     """
     began = process_start()
-    while True:
-        try:
-            return _attempt(job, start_up or StartUp(), began)
-        except LossSpike as spike:
-            rollback = roll_back(epath.Path(job.workdir), spike, job.config.training.max_rollbacks)
-            left_out = f"leaving out the data of {rollback.skipped} steps"
-            tell(f"WARNING: {spike}; going back to step {rollback.restored}, {left_out}")
-        start_up, began = None, time.monotonic()
+    with Preemption() as preemption:
+        while True:
+            try:
+                return _attempt(job, preemption, start_up or StartUp(), began)
+            except LossSpike as spike:
+                rollback = roll_back(epath.Path(job.workdir), spike, job.config.training.max_rollbacks)
+                left_out = f"leaving out the data of {rollback.skipped} steps"
+                tell(f"WARNING: {spike}; going back to step {rollback.restored}, {left_out}")
+            start_up, began = None, time.monotonic()
 
 
-def _attempt(job: Job, start_up: StartUp, began: float) -> int:
+def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) -> int:
     """From the newest checkpoint, or from nothing, to the end of the run, a preemption or a loss spike."""
     config, training, mesh, corpus = job.config, job.config.training, job.mesh, job.corpus
     optimizer = make_optimizer(config.optimizer, training.steps)
@@ -109,7 +110,6 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
 
     with (
         jax.set_mesh(mesh),
-        Preemption() as preemption,
         Programs() as programs,
         Watchdog(training.watchdog_seconds) as watchdog,
         TimeAccount(run.path, began, watchdog.beat) as clock,
@@ -158,7 +158,7 @@ def _attempt(job: Job, start_up: StartUp, began: float) -> int:
             clock.enter(SAVE)
 
         # --- Train. The order matters: log, evaluate, then save, so that a restored run never repeats or lacks a row.
-        step, preempted = start_step, preemption.requested(start_step)
+        step, preempted = start_step, preemption.requested_before(start_step)
         if step % training.eval_every == 0 and not preempted and not writer.has_validation(step):
             evaluate(step)
             start_up.mark("validation")

@@ -1,44 +1,61 @@
 """Noticing that the run should save and leave, at the same step in every process."""
 
-import os
 import signal
+import socket
+import threading
 from types import FrameType
 from typing import Self
 
-import jax
-from jax.experimental import multihost_utils
+from iha_jax.parallel.processes import end
+from iha_jax.parallel.stop import StopTogether
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption:
-    """While active, the first SIGTERM or SIGINT makes `requested(step)` true; a second one leaves at once, unsaved.
+    """While active, the first SIGTERM or SIGINT, in any process, makes `requested` true in all of them after the same
+    step; a second one ends its process at once, unsaved, with exit code 128 + its number.
 
-    Of several processes it is enough that one gets a signal. JAX's own preemption service agrees on the step: it is
-    told by its own handler of SIGTERM, set by `jax.distributed.initialize`; then the processes exchange, in the
-    background, how far each has come, and all save after the step that follows the furthest. Until then a look costs
-    no exchange (20 to 80 microseconds, CPU). A Python handler of SIGTERM would replace JAX's, and nothing would be
-    agreed any more: so SIGINT is passed on as SIGTERM, and of several processes a second SIGTERM changes nothing.
+    A thread takes the signals, from a socket that Python's handler in C writes them to: so they are seen while the main
+    thread compiles or waits for a device, which keeps handlers written in Python from running.
     """
 
     def __init__(self) -> None:
-        self._noticed = False
-        self._together = jax.process_count() > 1
-        self._signals = (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT)
+        self._stop = StopTogether()
+
+    def requested_before(self, step: int) -> bool:
+        """Before the first step, which follows `step`: whether to leave without it. Waits for all processes."""
+        return self._stop.before_first_step(step)
 
     def requested(self, step: int) -> bool:
-        """Whether to save after this step and leave. Call it once a step, in every process."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._together else self._noticed
+        """Whether to save after this step and leave. Call it after every step, in every process."""
+        return self._stop.after(step)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._noticed = True
-        for s in self._signals:
-            signal.signal(s, signal.SIG_DFL)
-        if self._together:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def _listen(self) -> None:
+        while number := self._heard.recv(1):
+            if number[0] not in SIGNALS:
+                continue
+            if self._stop.told:
+                end(128 + number[0])
+            self._stop.tell()
 
     def __enter__(self) -> Self:
-        self._before = {s: signal.signal(s, self._notice) for s in self._signals}
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        self._socket_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        self._before = {s: signal.signal(s, _leave_to_the_thread) for s in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
+        signal.set_wakeup_fd(self._socket_before)
+        self._told.close()
+        self._listener.join()
+        self._heard.close()
+
+
+def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    pass
