@@ -32,14 +32,16 @@ class _LocalRows(grain.MapDataset):
 def example(row: Batch) -> Batch:
     """One row as `inputs`, `targets`, `segment_ids` (int32 [N]) and `loss_mask` (float32 [N]).
 
-    The mask is 1 where input and target are of one document: a separator does not predict the next document.
+    The mask is 1 where input and target are of one document: a separator does not predict the next document. Of rows
+    that say which tokens are `counted`, such a target must be one, too.
     """
     tokens, segments = row["tokens"], row["segment_ids"]
+    inside = (segments[:-1] == segments[1:]) & (segments[:-1] > 0)
     return {
         "inputs": tokens[:-1],
         "targets": tokens[1:],
         "segment_ids": segments[:-1],
-        "loss_mask": ((segments[:-1] == segments[1:]) & (segments[:-1] > 0)).astype(np.float32),
+        "loss_mask": (inside & (row["counted"][1:] > 0) if "counted" in row else inside).astype(np.float32),
     }
 
 

@@ -25,6 +25,20 @@ class Corpus:
             "rows_digest": "+".join(r.digest for r in rows),
         }
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was made of the training sources, added up: for the first lines of a run and `provenance.json`."""
+        names = ("num_documents", "num_tokens", "left_out", "truncated", "truncated_tokens")
+        return {"rows": sum(map(len, self.train))} | {n: sum(getattr(r, n) for r in self.train) for n in names}
+
+    def describe(self) -> str:
+        """The same in words."""
+        counts = self.counts
+        text = f"{counts['num_documents']:,} documents of {counts['num_tokens']:,} tokens in {counts['rows']:,} rows"
+        if counts["truncated"]:
+            text += f"; {counts['truncated']:,} truncated, by {counts['truncated_tokens']:,} tokens"
+        return text + (f"; {counts['left_out']:,} left out" if counts["left_out"] else "")
+
 
 def open_tokenizer(config: Config) -> Tokenizer:
     """The run's tokenizer. Raises ConfigError when the model's vocabulary is too small for it."""
