@@ -22,6 +22,7 @@ ARMS = paper_2p4b.ARMS
 
 def get_config(arm: str = "iha") -> ConfigDict:
     config = paper_2p4b.get_config(arm)
+    config.model.iha.window = 10  # as trained, whatever context is set
     config.data.sources = ("chat:openthoughts.jsonl",)
 
     config.optimizer.learning_rate = 8e-5  # a tenth of pretraining's

@@ -22,12 +22,12 @@ def get_config(arm: str = "iha") -> ConfigDict:
     config.model.context_length = 256  # two to three conversations a row
 
     config.data.sources = ("chat:data/arithmetic",)
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 20
 
     training = config.training
     training.init_from = f"runs/{arm}"
-    training.steps = 400
+    training.steps = 500
     training.eval_every = 100
-    training.checkpoint_every = 200
+    training.checkpoint_every = 250
     return config

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from iha_jax.comparison import verdict
+from iha_jax.comparison import lengths, verdict
 from iha_jax.comparison.arms import Comparison, longer_runs
 from iha_jax.comparison.figure import draw
 from iha_jax.comparison.results import read_results
@@ -20,7 +20,8 @@ NOTES = (
 
 
 def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
-    """Writes `comparison.md`, `.csv` and `.png` into `workdir`, and returns the table and its sentences as text.
+    """Writes `comparison.md`, `.csv` and `.png` into `workdir`, and returns the table and its sentences as text; of
+    runs that measured accuracy by length also `comparison_lengths.png` and a table of it.
 
     Raises:
       ValueError: when no run is finished, or all have diverged; nothing is written then.
@@ -47,18 +48,29 @@ def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
         *verdict.devices(found.usable),
     ]
     folder = epath.Path(workdir)
-    (folder / "comparison.md").write_text(_markdown(sections, remarks), encoding="utf-8")
+    by_length = lengths.length_table(best or rows) if lengths.measured(best or rows) else []
+    if by_length:
+        lengths.draw_lengths(best or rows, folder / "comparison_lengths.png")
+    (folder / "comparison.md").write_text(_markdown(sections, remarks, by_length), encoding="utf-8")
     (folder / "comparison.csv").write_text(csv_text(found.results), encoding="utf-8")
     draw(best or rows, folder / "comparison.png")
     blocks = [block for title, part, words in sections for block in (title, terminal_table(part), "\n".join(words))]
+    blocks += [lengths.TITLE, lengths.terminal(by_length), lengths.NOTES] if by_length else []
     blocks += ["\n".join(remarks), NOTES, f"wrote {folder}/comparison.md, .csv and .png"]
     return "\n" + "\n\n".join(block for block in blocks if block)
 
 
-def _markdown(sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]], remarks: Sequence[str]) -> str:
+def _markdown(
+    sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]],
+    remarks: Sequence[str],
+    by_length: Sequence[Sequence[str]],
+) -> str:
     blocks = ["# Comparison", "![loss curves](comparison.png)"]
     for title, rows, words in sections:
         blocks += [f"## {title}" if title else "", markdown_table(rows), _bullets(words)]
+    if by_length:
+        picture = "![accuracy against length](comparison_lengths.png)"
+        blocks += [f"## {lengths.TITLE}", picture, lengths.markdown(by_length), lengths.NOTES, "## Remarks"]
     return "\n\n".join(block for block in [*blocks, _bullets(remarks), NOTES] if block) + "\n"
 
 

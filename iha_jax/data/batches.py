@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from iha_jax.data.rows import Rows
+from iha_jax.data.rows import RowSource
 
 Batch = dict[str, np.ndarray]
 
@@ -46,7 +46,7 @@ def example(row: Batch) -> Batch:
 
 
 def train_batches(
-    rows: Sequence[Rows],
+    rows: Sequence[RowSource],
     weights: Sequence[float],
     *,
     seed: int,
@@ -84,7 +84,7 @@ def train_batches(
 
 
 def validation_batches(
-    rows: Rows, *, batch_size: int, num_rows: int | None, local_rows: Sequence[int] | None = None
+    rows: RowSource, *, batch_size: int, num_rows: int | None, local_rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """The same `num_rows` rows (None: all; spread evenly over the split) every time, in order; `local_rows` of each
     batch, as in `train_batches`.

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from iha_jax.config import Config, ConfigError
-from iha_jax.data.rows import Rows, open_rows
+from iha_jax.data.retrieval import RetrievalRows, evaluation_lengths, is_retrieval
+from iha_jax.data.rows import RowSource, open_rows
 from iha_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -12,8 +13,8 @@ class Corpus:
     """Tokenizer, training rows of every source, and the validation rows (of the first source)."""
 
     tokenizer: Tokenizer
-    train: list[Rows]
-    validation: Rows
+    train: list[RowSource]
+    validation: RowSource
 
     @property
     def digests(self) -> dict[str, str]:
@@ -61,13 +62,16 @@ def open_corpus(config: Config) -> Corpus:
     return Corpus(tokenizer, train, open_validation_rows(config, tokenizer))
 
 
-def open_validation_rows(config: Config, tokenizer: Tokenizer) -> Rows:
+def open_validation_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
     """The validation rows: those of the first source."""
     return _open(config, tokenizer, config.data.sources[0], config.data.validation_split)
 
 
-def _open(config: Config, tokenizer: Tokenizer, source: str, split: str) -> Rows:
+def _open(config: Config, tokenizer: Tokenizer, source: str, split: str) -> RowSource:
     data = config.data
+    if is_retrieval(source):
+        rows = [RetrievalRows(source, split, tokenizer, n) for n in evaluation_lengths(config.model.context_length)]
+        return next(r for r in rows if r.context_length == config.model.context_length)
     return open_rows(
         source=source,
         split=split,

@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -17,6 +17,24 @@ from iha_jax.data.packing import FORMAT, METADATA, Reader, checksums, pack, row_
 from iha_jax.data.storage import files_in, is_local, read_range
 from iha_jax.data.text import default_cache, open_text_source
 from iha_jax.data.tokenizers import Tokenizer
+
+
+class RowSource(Protocol):
+    """Rows of tokens by index, and what was left out to make them; stored ones (`Rows`) or made when asked for."""
+
+    is_local: bool
+    digest: str
+    corpus_digest: str
+    context_length: int
+    num_documents: int
+    num_tokens: int
+    left_out: int
+    truncated: int
+    truncated_tokens: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 class Rows:
