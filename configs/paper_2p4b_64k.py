@@ -4,7 +4,7 @@
         --config.training.init_from=gs://bucket/runs/iha \
         --config.data.data_dir=gs://bucket/tfds --config.data.tokenizer=hf:/path/to/llama3/tokenizer.json
 
-Arms and sizes are those of configs/paper_2p4b.py; `init_from` is a run of the same arm, for `iha_rederived` of `iha`. No
+Arms and sizes are those of configs/paper_2p4b.py; `init_from` is a run of the same arm (`iha_rederived`: of `iha`). No
 weight depends on the context. What does is chosen here, by name:
 
 | choice     | kept: `iha`                      | the other                                                          |

@@ -34,8 +34,8 @@ def texts(row):
 
 
 def read(text):
-    assert re.fullmatch(r"([a-z]{2}\d)+", text)
-    return re.findall(r"([a-z]{2})(\d)", text)
+    assert re.fullmatch(r"([a-z]{2}[A-Z\d])+", text)
+    return re.findall(r"([a-z]{2})([A-Z\d])", text)
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "trained", "held_out"])
@@ -118,6 +118,7 @@ def test_right_answers_are_counted_as_a_loop_does():
     assert 3 < expected < len(answers) - 3
 
 
+@pytest.mark.slow
 def test_a_run_measures_accuracy_at_every_length(tmp_path):
     changes = dict(model__num_layers=1, model__layer_pattern=("mha",), model__implementation="reference")
     changes |= dict(model__context_length=100, training__eval_rows=4)

@@ -1,11 +1,11 @@
 """Multi-key retrieval, generated: which value stood behind this key? Every row is a function of (seed, split, index).
 
-A text is byte tokens: the document separator, then needles `ab7` (a key of two letters, a value of one digit). A needle
-whose key stood there before is a query: it repeats the value, and its value alone counts in the loss. All other needles
-are distractors; as in RULER's multi-key tasks all their keys differ, and most share a letter with several others, so
-both letters must be matched at once. The rate of a guess is 1 in 10.
+A text is byte tokens: the document separator, then needles `abX` (a key of two letters, a value that is a capital or a
+digit). A needle whose key stood there before is a query: it repeats the value, and its value alone counts in the loss.
+All other needles are distractors; as in RULER's multi-key tasks all their keys differ, and most share a letter with
+several others, so both letters must be matched at once. A guess is right once in 36.
 
-Training rows of N tokens hold one, two or four texts of about N, N/2 or N/4 tokens; up to two thirds of a text's items
+Training rows of N tokens hold 1, 2, 4 or 8 texts of about N to N/8 tokens; up to two thirds of a text's items
 are queries, behind all needles in some texts and among them in most: the nearest are easy, and learned first. A tenth
 of the keys is held out: no training text has them. Evaluation asks for `QUERIES` keys behind all needles, trained ones
 or held-out ones, at lengths from N/4 to 4 N. The validation split is such texts of N tokens, with held-out keys. The
@@ -22,7 +22,7 @@ PREFIX = "retrieval"
 SPLITS = ("train", "validation", "trained", "held_out")  # the last two: of evaluation, by whose keys are asked for
 ITEM, ANSWER = 3, 1  # tokens of a needle or query, and of its value at the end
 QUERIES = 4  # of a text in evaluation
-TEXTS = (1, 2, 4)  # of a training row
+TEXTS = (1, 2, 4, 8)  # of a training row
 AMONG = 0.6  # share of the training texts whose queries stand among the needles
 _SEPARATOR = Bytes.document_id
 _ROWS = {"train": 1 << 24}
@@ -38,6 +38,7 @@ def _is_held_out(key: int) -> bool:
     return hashlib.sha256(f"key {key}".encode()).digest()[0] % 10 == 0
 
 
+VALUES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", np.uint8)
 KEYS = np.arange(26 * 26)
 HELD_OUT = np.array([key for key in KEYS if _is_held_out(int(key))])
 TRAINED = np.setdiff1d(KEYS, HELD_OUT)
@@ -116,9 +117,9 @@ class RetrievalRows:
             order = rng.permutation(count - QUERIES)
             keys = np.concatenate([wanted, others])[order]
             chosen = np.concatenate([np.arange(keys.size), rng.permutation(np.flatnonzero(order < QUERIES))])
-        return _items(keys, rng.integers(0, 10**ANSWER, keys.size))[chosen], queries
+        return _items(keys, rng.integers(0, VALUES.size, keys.size))[chosen], queries
 
 
 def _items(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Tokens [n, 3] of `ab7`."""
-    return np.stack([ord("a") + keys // 26, ord("a") + keys % 26, ord("0") + values], axis=1)
+    """Tokens [n, 3] of `abX`."""
+    return np.stack([ord("a") + keys // 26, ord("a") + keys % 26, VALUES[values]], axis=1)
