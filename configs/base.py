@@ -56,7 +56,9 @@ def get_config() -> ConfigDict:
     simplicial.second_window = 16  # the same for the second key of each pair
 
     config.data = data = ConfigDict()
-    data.sources = ("stdlib",)  # stdlib | a prepared TFDS directory | a TFDS name such as c4/en
+    # stdlib | a prepared TFDS directory | a TFDS name such as c4/en | chat:FILE.jsonl or chat:FOLDER: conversations, of
+    # which the assistant's turns count in the loss, in rows of whole ones
+    data.sources = ("stdlib",)
     data.weights = (1.0,)  # one a source; validation uses the first source
     data.train_split = "train"
     data.validation_split = "validation"
@@ -96,6 +98,7 @@ def get_config() -> ConfigDict:
     training.watchdog_seconds = 1800.0  # a step that takes longer ends the process, stacks printed; 0: never
     training.init_from = ""  # run directory whose parameters to start from (for IHA: a trained MHA)
     training.init_from_step = 0  # 0: its last
+    training.init_from_state = False  # True: its optimizer state and step too; it goes on to training.steps
     training.tensorboard = False
     training.wandb_project = ""
 

@@ -186,6 +186,7 @@ class TrainingConfig:
     watchdog_seconds: float = _not_negative("no watchdog")
     init_from: str
     init_from_step: int = _not_negative("the last one")
+    init_from_state: bool
     tensorboard: bool
     wandb_project: str
 
@@ -374,6 +375,8 @@ def _check_training(config: Config) -> list[str]:
             f"config.training.loss_chunk = {training.loss_chunk}: does not divide config.model.context_length = "
             f"{config.model.context_length}"
         )
+    if training.init_from_state and not training.init_from:
+        problems.append("config.training.init_from_state = True: set config.training.init_from to the run it is of")
     if len(data.sources) != len(data.weights):
         problems.append(
             f"config.data.weights = {data.weights}: expected one weight for each of the {len(data.sources)} "

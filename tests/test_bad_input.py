@@ -59,6 +59,7 @@ BAD = [  # what is added to a good command, and what the refusal says
     ("--config.training.watchdog_seconds=-1", "config.training.watchdog_seconds = -1"),
     ("--config.training.spike_threshold=inf", "config.training.spike_threshold = inf"),
     ("--config.training.init_from=/no/such/run", "/no/such/run: is not a run directory (no config.json)"),
+    ("--config.training.init_from_state=True", "config.training.init_from_state = True: set config.training.init_from"),
     # --- Devices.
     ("--config.mesh.fsdp=3", "their product 3 must divide the 1 devices"),
     ("--config.mesh.data=0", "config.mesh.data = 0"),
@@ -67,6 +68,8 @@ BAD = [  # what is added to a good command, and what the refusal says
     ("--config.data.sources=/no/such/set", "data source '/no/such/set' does not exist. Prepare text files with"),
     ("--config.data.sources={folder}/text", "holds no TFDS data set (no dataset_info.json)"),
     ("--config.data.sources=", "config.data.sources = ()"),
+    ("--config.data.sources=chat:/no/such.jsonl", "no file /no/such.jsonl; expected a .jsonl file, or a folder"),
+    ("--config.data.sources=retrieval:one", "expected 'retrieval', or 'retrieval:SEED' with a whole number"),
     ("--config.data.train_split=trian", "has no split 'trian'"),
     ("--config.data.text_feature=body", "has no feature 'body'"),
     ("--config.data.weights=1,2", "one weight for each of the 1"),

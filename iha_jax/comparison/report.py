@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from iha_jax.comparison import verdict
+from iha_jax.comparison import lengths, verdict
 from iha_jax.comparison.arms import Comparison, longer_runs
 from iha_jax.comparison.evaluations import NOTES as EVALUATION_NOTES
 from iha_jax.comparison.evaluations import markdown, read_evaluations, terminal
@@ -22,7 +22,8 @@ NOTES = (
 
 
 def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
-    """Writes `comparison.md`, `.csv` and `.png` into `workdir`, and returns the table and its sentences as text.
+    """Writes `comparison.md`, `.csv` and `.png` into `workdir`, and returns the table and its sentences as text; of
+    runs that measured accuracy by length also `comparison_lengths.png` and a table of it.
 
     Raises:
       ValueError: when no run is finished, or all have diverged; nothing is written then.
@@ -52,24 +53,35 @@ def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
     ]
     folder = epath.Path(workdir)
     evaluated = markdown(evaluations, labels) if evaluations.cells else ""
-    (folder / "comparison.md").write_text(_markdown(sections, evaluated, remarks), encoding="utf-8")
+    by_length = lengths.length_table(best or rows) if lengths.measured(best or rows) else []
+    if by_length:
+        lengths.draw_lengths(best or rows, folder / "comparison_lengths.png")
+    (folder / "comparison.md").write_text(_markdown(sections, by_length, evaluated, remarks), encoding="utf-8")
     (folder / "comparison.csv").write_text(csv_text(found.results), encoding="utf-8")
     draw(best or rows, folder / "comparison.png")
     blocks = [block for title, part, words in sections for block in (title, terminal_table(part), "\n".join(words))]
-    if evaluations.cells:
-        blocks += [terminal(evaluations, labels), EVALUATION_NOTES]
+    blocks += [lengths.TITLE, lengths.terminal(by_length), lengths.NOTES] if by_length else []
+    blocks += [terminal(evaluations, labels), EVALUATION_NOTES] if evaluated else []
     blocks += ["\n".join(remarks), NOTES, f"wrote {folder}/comparison.md, .csv and .png"]
     return "\n" + "\n\n".join(block for block in blocks if block)
 
 
 def _markdown(
-    sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]], evaluated: str, remarks: Sequence[str]
+    sections: Sequence[tuple[str, Sequence[Row], Sequence[str]]],
+    by_length: Sequence[Sequence[str]],
+    evaluated: str,
+    remarks: Sequence[str],
 ) -> str:
     blocks = ["# Comparison", "![loss curves](comparison.png)"]
     for title, rows, words in sections:
         blocks += [f"## {title}" if title else "", markdown_table(rows), _bullets(words)]
+    if by_length:
+        picture = "![accuracy against length](comparison_lengths.png)"
+        blocks += [f"## {lengths.TITLE}", picture, lengths.markdown(by_length), lengths.NOTES]
     if evaluated:
         blocks += ["## Evaluations", evaluated, EVALUATION_NOTES]
+    if by_length or evaluated:
+        blocks.append("## Remarks")
     return "\n\n".join(block for block in [*blocks, _bullets(remarks), NOTES] if block) + "\n"
 
 

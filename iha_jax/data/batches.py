@@ -7,7 +7,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from iha_jax.data.rows import Rows
+from iha_jax.data.rows import RowSource
 
 Batch = dict[str, np.ndarray]
 
@@ -32,19 +32,21 @@ class _LocalRows(grain.MapDataset):
 def example(row: Batch) -> Batch:
     """One row as `inputs`, `targets`, `segment_ids` (int32 [N]) and `loss_mask` (float32 [N]).
 
-    The mask is 1 where input and target are of one document: a separator does not predict the next document.
+    The mask is 1 where input and target are of one document: a separator does not predict the next document. Of rows
+    that say which tokens are `counted`, such a target must be one, too.
     """
     tokens, segments = row["tokens"], row["segment_ids"]
+    inside = (segments[:-1] == segments[1:]) & (segments[:-1] > 0)
     return {
         "inputs": tokens[:-1],
         "targets": tokens[1:],
         "segment_ids": segments[:-1],
-        "loss_mask": ((segments[:-1] == segments[1:]) & (segments[:-1] > 0)).astype(np.float32),
+        "loss_mask": (inside & (row["counted"][1:] > 0) if "counted" in row else inside).astype(np.float32),
     }
 
 
 def train_batches(
-    rows: Sequence[Rows],
+    rows: Sequence[RowSource],
     weights: Sequence[float],
     *,
     seed: int,
@@ -82,7 +84,7 @@ def train_batches(
 
 
 def validation_batches(
-    rows: Rows, *, batch_size: int, num_rows: int | None, local_rows: Sequence[int] | None = None
+    rows: RowSource, *, batch_size: int, num_rows: int | None, local_rows: Sequence[int] | None = None
 ) -> Iterator[Batch]:
     """The same `num_rows` rows (None: all; spread evenly over the split) every time, in order; `local_rows` of each
     batch, as in `train_batches`.

@@ -4,6 +4,8 @@ A document is `[separator] + tokens + [separator]`. Rows hold N + 1 tokens and o
 `row[:-1]` and targets `row[1:]` predict every token of a shard but its first exactly once. Segment ids count a row's
 documents from 1; 0 is padding, in the last row of a shard only. Shards are cut by the number of documents alone, so
 rows and their order do not depend on how many processes made them.
+
+Rows of conversations hold whole ones (`conversations.py`), and say which tokens count in the loss.
 """
 
 import hashlib
@@ -19,10 +21,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from iha_jax.data.chat import RENDERING
+from iha_jax.data.conversations import conversation_rows, is_chat
 from iha_jax.data.jobs import Facts, run_jobs
 from iha_jax.data.storage import tidy, write_text, writing
 from iha_jax.data.text import TextSource, is_text, open_text_source
-from iha_jax.data.tokenizers import Tokenizer, load_tokenizer
+from iha_jax.data.tokenizers import Tokenizer, encode_checked, load_tokenizer
 
 FORMAT = 3  # how rows lie in their files
 _CONTENT = 2  # which rows a corpus gives: part of their digest, so that runs go on when only the files change
@@ -30,23 +34,26 @@ METADATA, PARTS = "rows.json", ".parts"
 MIN_SHARD_DOCUMENTS, MAX_SHARDS = 1024, 4096
 _BATCH_DOCUMENTS, _BATCH_BYTES = 256, 1 << 24  # tokenized in one call
 _CUT_TOKENS = 1 << 21  # of a long document, cut in one go
+_COUNTS = ("num_documents", "num_tokens", "num_bytes", "num_token_bytes", "left_out", "truncated", "truncated_tokens")
 
 
 def shard_name(index: int) -> str:
     return f"rows-{index:05d}.bin"
 
 
-def row_dtype(vocab_size: int, context_length: int) -> np.dtype:
-    """A row on disk: N + 1 token ids, then N + 1 segment ids, in the smallest unsigned integers that hold them, then
-    their checksum."""
+def row_dtype(vocab_size: int, context_length: int, *, counted: bool = False) -> np.dtype:
+    """A row on disk: N + 1 token ids, then N + 1 segment ids, in the smallest unsigned integers that hold them, then,
+    where not all of them count, whether each does; then their checksum."""
     length = context_length + 1
     tokens = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     segments = np.uint16 if length < 1 << 16 else np.uint32
-    return np.dtype([("tokens", tokens, (length,)), ("segment_ids", segments, (length,)), ("crc32", np.uint32)])
+    fields = [("tokens", tokens, (length,)), ("segment_ids", segments, (length,))]
+    fields += [("counted", np.uint8, (length,))] if counted else []
+    return np.dtype([*fields, ("crc32", np.uint32)])
 
 
 def checksums(rows: np.ndarray) -> list[int]:
-    """CRC-32 of the tokens and segment ids of each row (records of `row_dtype`) as they lie on disk."""
+    """CRC-32 of all that stands before it in each row (records of `row_dtype`) as they lie on disk."""
     content = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)[:, :-4]
     return [zlib.crc32(row) for row in content]
 
@@ -83,7 +90,8 @@ def pack(
     each once and no longer than it is needed.
 
     Raises:
-      ValueError: when no document is valid text, or a token id is outside the vocabulary. Nothing is left then.
+      ValueError: when no document is valid text, a line is no conversation, or a token id is outside the vocabulary.
+        Nothing is left then.
     """
     per_shard = max(MIN_SHARD_DOCUMENTS, -(-len(documents) // MAX_SHARDS))
     ranges = [(at, min(at + per_shard, len(documents))) for at in range(0, len(documents), per_shard)]
@@ -111,13 +119,18 @@ def _unstage(documents: TextSource, ranges: list[tuple[int, int]], done: int, st
 
 
 def _metadata(results: list[Facts], reader: Reader, tokenizer: Tokenizer, context_length: int) -> Facts:
-    counted = ("num_documents", "num_tokens", "num_bytes", "num_token_bytes", "left_out")
-    counts = {name: sum(facts[name] for facts in results) for name in counted}
+    chat = is_chat(reader.source)
+    counts = {name: sum(facts.get(name, 0) for facts in results) for name in _COUNTS}
+    total = counts["left_out"] + counts["num_documents"]
     if not counts["num_documents"]:
-        raise ValueError(f"data source {reader.source!r}, split {reader.split!r}: no document is valid UTF-8 text")
+        why = f"in {context_length + 1} tokens no answer begins" if chat else "no document is valid UTF-8 text"
+        raise ValueError(f"data source {reader.source!r}, split {reader.split!r}: {why}")
     if counts["left_out"]:
-        total = counts["left_out"] + counts["num_documents"]
-        print(f"left out {counts['left_out']} of {total} documents: empty or not valid UTF-8", file=sys.stderr)
+        why = "longer than a row before any answer" if chat else "empty or not valid UTF-8"
+        print(f"left out {counts['left_out']} of {total} documents: {why}", file=sys.stderr)
+    if counts["truncated"]:
+        of = f"{counts['truncated']} of {total} conversations are longer than {context_length + 1} tokens"
+        print(f"{of}: {counts['truncated_tokens']:,} tokens at their ends are left out", file=sys.stderr)
     if abs(counts["num_token_bytes"] / counts["num_bytes"] - 1) > 0.005:
         print(
             f"note: tokens stand for {counts['num_token_bytes']:,} bytes, the text has {counts['num_bytes']:,}: this "
@@ -125,7 +138,7 @@ def _metadata(results: list[Facts], reader: Reader, tokenizer: Tokenizer, contex
             file=sys.stderr,
         )
     corpus_digest = hashlib.sha256("".join(facts["digest"] for facts in results).encode()).hexdigest()
-    rows_key = f"{_CONTENT}:{corpus_digest}:{tokenizer.digest}:{context_length}"
+    rows_key = f"{_CONTENT}:{corpus_digest}:{tokenizer.digest}:{context_length}" + (f":chat{RENDERING}" if chat else "")
     return {
         "format": FORMAT,
         "digest": hashlib.sha256(rows_key.encode()).hexdigest(),
@@ -134,6 +147,7 @@ def _metadata(results: list[Facts], reader: Reader, tokenizer: Tokenizer, contex
         "tokenizer": tokenizer.spec,
         "vocab_size": tokenizer.vocab_size,
         "context_length": context_length,
+        "counted": chat,
         "source": reader.source,
         "split": reader.split,
         **counts,
@@ -154,9 +168,9 @@ def _pack_shard(
 ) -> Facts:
     """One job: documents [start, stop) to one file of rows, and what is in it."""
     tokenizer, digest = load_tokenizer(spec), hashlib.sha256()
-    dtype = row_dtype(tokenizer.vocab_size, context_length)
-    counted = ("num_documents", "num_tokens", "num_bytes", "num_token_bytes", "left_out", "max_token_id", "rows")
-    facts: Facts = dict.fromkeys(counted, 0)
+    chat = is_chat(reader.source)
+    dtype = row_dtype(tokenizer.vocab_size, context_length, counted=chat)
+    facts: Facts = dict.fromkeys((*_COUNTS, "max_token_id", "rows"), 0)
 
     def texts() -> Iterator[bytes]:
         for document in reader.open().read(start, stop, staging):
@@ -167,20 +181,19 @@ def _pack_shard(
                 facts["left_out"] += 1
 
     with writing(directory / shard_name(index)) as path, open(path, "wb") as file:
-        for rows in cut_rows(_tokenized(texts(), tokenizer, facts), dtype):
+        batches = _batches(texts())
+        whole = conversation_rows(batches, tokenizer, dtype, facts)
+        for rows in whole if chat else cut_rows(_tokenized(batches, tokenizer, facts), dtype):
             rows["crc32"] = checksums(rows)
             file.write(rows.tobytes())
             facts["rows"] += len(rows)
     return facts | {"digest": digest.hexdigest()}
 
 
-def _tokenized(texts: Iterator[bytes], tokenizer: Tokenizer, facts: Facts) -> Iterator[np.ndarray]:
+def _tokenized(batches: Iterator[list[bytes]], tokenizer: Tokenizer, facts: Facts) -> Iterator[np.ndarray]:
     separator = np.array([tokenizer.document_id], np.int32)
-    for batch in _batches(texts):
-        for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-                found = f"{tokens.min()} to {tokens.max()}"
-                raise ValueError(f"the tokenizer gave ids {found}; its vocabulary has {tokenizer.vocab_size}")
+    for batch in batches:
+        for text, tokens in zip(batch, encode_checked(tokenizer, batch), strict=True):
             facts["num_documents"] += 1
             facts["num_tokens"] += tokens.size + 2
             facts["num_bytes"] += len(text)

@@ -8,7 +8,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -19,8 +19,27 @@ from iha_jax.data.text import default_cache, open_text_source
 from iha_jax.data.tokenizers import Tokenizer
 
 
+class RowSource(Protocol):
+    """Rows of tokens by index, and what was left out to make them; stored ones (`Rows`) or made when asked for."""
+
+    is_local: bool
+    digest: str
+    corpus_digest: str
+    context_length: int
+    num_documents: int
+    num_tokens: int
+    left_out: int
+    truncated: int
+    truncated_tokens: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
 class Rows:
-    """Random access to packed rows. `rows[i]` is `{"tokens": int32 [N + 1], "segment_ids": int32 [N + 1]}`.
+    """Random access to packed rows. `rows[i]` is `{"tokens": int32 [N + 1], "segment_ids": int32 [N + 1]}`, and of
+    conversations also `"counted"`: 1 for the tokens that count in the loss.
 
     Reading a row raises ValueError, naming file and row, when it is not what was written: a token id outside the
     vocabulary never reaches a model.
@@ -35,8 +54,12 @@ class Rows:
         self.num_tokens: int = metadata["num_tokens"]
         self.num_bytes: int = metadata["num_bytes"]
         self.max_token_id: int = metadata["max_token_id"]
+        self.left_out: int = metadata["left_out"]
+        self.truncated: int = metadata.get("truncated", 0)
+        self.truncated_tokens: int = metadata.get("truncated_tokens", 0)
         self.is_local = is_local(directory)
-        self._dtype = row_dtype(metadata["vocab_size"], self.context_length)
+        self._dtype = _dtype(metadata)
+        self._fields = [name for name in self._dtype.names or () if name != "crc32"]
         self._ends = list(itertools.accumulate(metadata["shard_rows"]))
         self._maps: dict[int, np.ndarray] = {}
 
@@ -53,7 +76,7 @@ class Rows:
                 f"{self._directory / shard_name(shard)}: row {at} was altered since it was written. Delete the "
                 f"directory to pack again"
             )
-        return {name: row[name].astype(np.int32) for name in ("tokens", "segment_ids")}
+        return {name: row[name].astype(np.int32) for name in self._fields}
 
     def _record(self, shard: int, index: int) -> np.ndarray:
         """An array of one record."""
@@ -67,6 +90,10 @@ class Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
+
+
+def _dtype(metadata: dict[str, Any]) -> np.dtype:
+    return row_dtype(metadata["vocab_size"], metadata["context_length"], counted=metadata.get("counted", False))
 
 
 def open_rows(
@@ -103,7 +130,7 @@ def read_rows(directory: epath.Path, tokenizer: Tokenizer, context_length: int) 
     asked = {"format": FORMAT, "tokenizer_digest": tokenizer.digest, "context_length": context_length}
     wrong = [f"{n} is {metadata.get(n)!r}, expected {x!r}" for n, x in asked.items() if metadata.get(n) != x]
     if not wrong:
-        size = row_dtype(metadata["vocab_size"], context_length).itemsize
+        size = _dtype(metadata).itemsize
         there = {name: size for name, (size, _) in files_in(directory).items()}
         expected = {shard_name(i): rows * size for i, rows in enumerate(metadata["shard_rows"])}
         wrong = [

@@ -46,12 +46,17 @@ def is_text(document: bytes) -> bool:
 def open_text_source(
     name: str, split: str, *, data_dir: str = "", cache_dir: str = "", text_feature: str = "text"
 ) -> TextSource:
-    """Opens "stdlib" (built on first use), a directory TFDS prepared (local or a bucket), or a TFDS name.
+    """Opens "stdlib" (built on first use), a directory TFDS prepared (local or a bucket), a TFDS name, or conversations
+    ("chat:PATH", `conversations.py`).
 
     Raises:
       ValueError: for a source that does not exist, is not prepared, is stored in a format without random access, or
         lacks the split, the feature or a file; saying what to run.
     """
+    from iha_jax.data.conversations import Conversations, is_chat
+
+    if is_chat(name):
+        return Conversations(name, split)
     try:
         builder = open_builder(name, data_dir=data_dir, cache_dir=cache_dir)
     except ImportError as error:  # a bucket whose file system is not installed

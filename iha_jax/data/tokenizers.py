@@ -51,6 +51,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ) from error
 
 
+def encode_checked(tokenizer: Tokenizer, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """The token ids of each text. Raises ValueError when one is outside the tokenizer's own vocabulary."""
+    encoded = tokenizer.encode_batch(texts)
+    for tokens in encoded:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+            found = f"{tokens.min()} to {tokens.max()}"
+            raise ValueError(f"the tokenizer gave ids {found}; its vocabulary has {tokenizer.vocab_size}")
+    return encoded
+
+
 class Bytes:
     """UTF-8 bytes are ids 0 to 255; 256 separates documents."""
 

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument("--prompt", default="def ", help="sample: what is continued")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--samples", type=int, help="of each prompt")
-    sampling.add_argument("--new_tokens", type=int, help="at most, of each sample")
+    sampling.add_argument("--max_tokens", "--new_tokens", type=int, help="of each sample, at most")
     sampling.add_argument("--temperature", type=float, help="0: always the likeliest token")
     sampling.add_argument("--top_k", type=int, help="the likeliest tokens alone; 0: all")
     sampling.add_argument("--top_p", type=float, help="the likeliest tokens that make up this probability")
@@ -47,7 +47,7 @@ def _options(flags: argparse.Namespace) -> "Options":
     """Raises ValueError, naming all flags whose values cannot be used."""
     from iha_jax.evaluation.tasks import Options
 
-    lowest = dict(batch_size=1, limit=1, shots=0, eval_rows=0, samples=1, new_tokens=1, top_k=0, temperature=0)
+    lowest = dict(batch_size=1, limit=1, shots=0, eval_rows=0, samples=1, max_tokens=1, top_k=0, temperature=0)
     problems = [
         f"--{name}={value}: expected {low} or more"
         for name, low in lowest.items()
@@ -64,10 +64,20 @@ def _options(flags: argparse.Namespace) -> "Options":
         problems.append(f"--lengths={flags.lengths}: expected numbers of tokens, such as 1024,2048")
     if problems:
         raise ValueError("\n  ".join(problems))
-    given = ("limit", "shots", "samples", "temperature", "top_k", "top_p", "seed", "chat", "allow_code_execution")
+    given = (
+        "limit",
+        "shots",
+        "samples",
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "chat",
+        "allow_code_execution",
+    )
     return Options(
         data={name: path for name, _, path in pairs},
-        max_tokens=flags.new_tokens,
         lengths=tuple(map(int, lengths)),
         prompt=flags.prompt,
         eval_rows=flags.eval_rows,

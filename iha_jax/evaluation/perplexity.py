@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from iha_jax.data.batches import validation_batches
-from iha_jax.data.rows import Rows
+from iha_jax.data.rows import RowSource
 from iha_jax.parallel.mesh import local_rows, place_batch
 
 
@@ -41,7 +41,7 @@ class RowSums:
 def evaluate(
     eval_step: Callable[[Any, Any, Any], Any],
     parameters: Any,
-    rows: Rows,
+    rows: RowSource,
     byte_lengths: np.ndarray,
     mesh: Mesh,
     *,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from iha_jax.config import Config
 from iha_jax.data.corpus import open_tokenizer
 from iha_jax.data.tokenizers import Tokenizer
 from iha_jax.evaluation.text_model import Completion, Sampling, Score
-from iha_jax.parallel.mesh import mesh_for_evaluation
+from iha_jax.parallel.mesh import batch_shards, mesh_for_evaluation
 from iha_jax.parallel.processes import agree
 from iha_jax.training.checkpoint import Checkpointer
 from iha_jax.training.fingerprint import tree_digest
@@ -82,12 +81,19 @@ class RunModel:
     def _scorer(self) -> "Scorer":
         from iha_jax.evaluation.scoring import Scorer
 
-        return Scorer(self.run.config.model, self.run.parameters, self.tokenizer, **self._options)
+        shards = batch_shards(self.run.mesh)
+        batch_size = -(-self._options["batch_size"] // shards) * shards
+        model, document_id = self.run.config.model, self.tokenizer.document_id
+        return Scorer(model, self.run.parameters, document_id, self.run.mesh, batch_size=batch_size)
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
-        with jax.set_mesh(self.run.mesh):
-            return self._generator.complete(prompts, sampling)
+        return self._generator.complete(prompts, sampling)
 
     def score(self, requests: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Score]:
-        with jax.set_mesh(self.run.mesh):
-            return self._scorer.score(requests)
+        for number, (context, continuation) in enumerate(requests):
+            if self._options["too_long"] == "refuse" and len(context) + len(continuation) > self.context_length:
+                raise ValueError(
+                    f"request {number} has {len(context)} + {len(continuation)} tokens; the context holds "
+                    f"{self.context_length}"
+                )
+        return self._scorer.score(requests)

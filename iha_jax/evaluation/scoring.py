@@ -18,6 +18,7 @@ from iha_jax.evaluation.text_model import Score, TextModel
 from iha_jax.model import Transformer, bind
 from iha_jax.parallel.mesh import batch_shards, local_rows, place_batch, replicated
 from iha_jax.parallel.rules import shards
+from iha_jax.training.loss import chunked, joined
 
 Request = tuple[np.ndarray, np.ndarray]  # token ids of a context and of its continuation
 _SHORTEST = 64  # tokens of the shortest rows; longer rows have 2, 4, 8, ... times as many
@@ -131,21 +132,12 @@ def rolling_log_likelihoods(model: TextModel, texts: Sequence[np.ndarray]) -> li
 def _token_scores(config: ModelConfig, parameters: dict, inputs_BN: Array, targets_BN: Array) -> tuple[Array, Array]:
     """ln p(target) [B, N] float32 of every token, and the likeliest token [B, N]."""
     model = bind(config, parameters)
-    B, N = inputs_BN.shape
+    N = inputs_BN.shape[1]
     devices = shards("N")
     parts = next(n for n in range(1, N + 1) if N // devices % n == 0 and (N // n <= _CHUNK or n == N // devices))
-
-    def chunked(x: Array) -> Array:  # [parts, B, C, ...]; each device's chunks are of its own tokens
-        x = x.reshape(B, devices, parts, N // devices // parts, *x.shape[2:])
-        return jnp.moveaxis(x, 2, 0).reshape(parts, B, N // parts, *x.shape[4:])
-
-    def whole(x: Array) -> Array:
-        x = x.reshape(parts, B, devices, N // devices // parts)
-        return jnp.moveaxis(x, 0, 2).reshape(B, N)
-
-    chunks = chunked(model.hidden(inputs_BN)), chunked(targets_BN)
+    chunks = chunked(model.hidden(inputs_BN), N // parts), chunked(targets_BN, N // parts)
     log_p, likeliest = jax.lax.map(lambda chunk: _chunk_scores(model, *chunk), chunks)
-    return whole(log_p), whole(likeliest)
+    return joined(log_p), joined(likeliest)
 
 
 def _chunk_scores(model: Transformer, hidden_BCD: Array, targets_BC: Array) -> tuple[Array, Array]:

@@ -49,7 +49,7 @@ def _kernel(config: Config, kind: str, *, split: bool) -> str:
         return ATTENTION[kind].kernel(model, features)
 
 
-def describe(config: Config, mesh: Mesh, start_step: int) -> str:
+def describe(config: Config, mesh: Mesh, start_step: int, data: str) -> str:
     """A few lines for the terminal."""
     model, training = config.model, config.training
     parameters, flops = count_parameters(model), flops_per_token(model)
@@ -66,6 +66,7 @@ def describe(config: Config, mesh: Mesh, start_step: int) -> str:
             *processes,
             f"mesh       {dict(mesh.shape)}",
             f"model      {parameters.total:,} parameters ({parameters.mixing:,} head mixing); layers: {layers}{window}",
+            f"data       {data}",
             f"compute    {flops.total:,.0f} useful FLOPs a token forward, 3 times that to train; {model.compute_dtype}",
             "kernels    " + ", ".join(f"{kind}: {name}" for kind, name in kernels(config, mesh).items()),
             f"schedule   {training.steps:,} steps of {tokens:,} tokens = {training.steps * tokens:,}; {start}",

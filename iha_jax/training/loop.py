@@ -125,7 +125,7 @@ def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) 
         writer = opened.enter_context(MetricsWriter(run.path, resume_step=start_step or None, **sinks))
         profile = opened.enter_context(Profile(run.path, job.profiled))
         progress = opened.enter_context(Progress(training.steps, start_step, quiet=not is_first()))
-        progress.message(describe(config, mesh, start_step))
+        progress.message(describe(config, mesh, start_step, corpus.describe()))
         start_up.mark("state")
 
         # --- Compile before the clock of training starts.
@@ -141,7 +141,8 @@ def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) 
         guard = Guard(training.max_skipped_steps, int(carried.get("skipped_steps", 0)), checkpoints.latest_step)
         spikes = SpikeDetector(training.spike_threshold, writer.training_losses())
         policy: Any = dict(every=training.checkpoint_every, keep=training.keep_checkpoints)
-        saves = Saves(checkpoints, **policy, verified=start_step or None, tell=progress.message)
+        own_step = start_step if start_step in checkpoints.common_steps() else None  # not another run's
+        saves = Saves(checkpoints, **policy, verified=own_step, tell=progress.message)
         batches = batches_without_gaps(start_step, read_rollbacks(run.path), _batches_from(job))
 
         def settled() -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) 
             meter.stop(state, SAVE, wait=step == start_step + 1 or profile.ends_at(step))
             if step == start_step + 1:
                 start_up.mark("first step")
-                note_start(run, start_up.facts(programs))
+                note_start(run, start_up.facts(programs) | {"data": corpus.counts})
                 progress.message(start_up.describe(programs))
             if profile.ends_at(step):
                 progress.message(profile.close())
@@ -190,7 +191,7 @@ def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) 
         if step < training.steps:
             if step > start_step:
                 saves.wait(step, state, settled)
-            saved = f"step {step} is saved; " if step else ""
+            saved = f"step {step} is saved; " if step > start_step or own_step else ""
             progress.message(f"preempted: {saved}the same command goes on from there")
             return PREEMPTED
         clock.enter(SAVE)

@@ -29,7 +29,7 @@ def summed_loss(model: Transformer, batch: dict[str, Any], *, z_loss: float, chu
         return (totals[0] + objective, totals[1] + nll), None
 
     zero = jnp.zeros((), jnp.float32)
-    xs = _chunked(hidden_BND, chunk), _chunked(batch["targets"], chunk), _chunked(batch["loss_mask"], chunk)
+    xs = chunked(hidden_BND, chunk), chunked(batch["targets"], chunk), chunked(batch["loss_mask"], chunk)
     return jax.lax.scan(step, (zero, zero), xs)[0]
 
 
@@ -38,20 +38,20 @@ def token_losses(model: Transformer, batch: dict[str, Any], *, chunk: int) -> Fl
     hidden_BND = model.hidden(batch["inputs"], batch.get("segment_ids"))
     if not chunk or chunk == hidden_BND.shape[1]:
         return _log_losses(model, hidden_BND, batch["targets"])[0] * batch["loss_mask"]
-    xs = _chunked(hidden_BND, chunk), _chunked(batch["targets"], chunk)
+    xs = chunked(hidden_BND, chunk), chunked(batch["targets"], chunk)
     chunks = jax.lax.map(lambda x: _log_losses(model, *x)[0], xs)
-    return _joined(chunks) * batch["loss_mask"]
+    return joined(chunks) * batch["loss_mask"]
 
 
-def _chunked(x: Array, chunk: int) -> Array:
+def chunked(x: Array, chunk: int) -> Array:
     """[B, N, ...] to [N / chunk, B, chunk, ...]; each chunk has tokens of all devices that tokens are split over."""
     devices = shards("N")
     x = x.reshape(x.shape[0], devices, -1, chunk // devices, *x.shape[2:])
     return jnp.moveaxis(x, 2, 0).reshape(-1, x.shape[0], chunk, *x.shape[4:])
 
 
-def _joined(chunks: Array) -> Array:
-    """The inverse of `_chunked`."""
+def joined(chunks: Array) -> Array:
+    """The inverse of `chunked`."""
     devices = shards("N")
     count, B, chunk = chunks.shape[:3]
     x = chunks.reshape(count, B, devices, chunk // devices, *chunks.shape[3:])

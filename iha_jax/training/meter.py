@@ -13,6 +13,8 @@ from iha_jax.config import Config
 from iha_jax.training.optimizer import learning_rate_schedule
 from iha_jax.training.time_account import PRODUCTIVE, TimeAccount
 
+FLOPS_OFFSET = "flops_offset"  # what the steps of another run, gone on with here, cost more than such steps here
+
 
 class Meter:
     """Totals since step 0, carried over restarts. `seconds` are those between `start` and `stop`: training alone
@@ -21,9 +23,8 @@ class Meter:
     def __init__(self, config: Config, mesh: Mesh, carried: dict[str, Any], clock: TimeAccount):
         self._config, self._clock = config, clock
         self._schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-        self._flops_per_step = (
-            training_flops_per_token(config.model) * config.training.batch_size * config.model.context_length
-        )
+        self._flops_per_step = flops_per_step(config)
+        self._flops_offset = carried.get(FLOPS_OFFSET, 0.0)
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = peak * mesh.size if peak else None
         self._tokens = float(carried.get("tokens", 0))
@@ -54,7 +55,7 @@ class Meter:
     def totals(self) -> dict[str, float]:
         """What a checkpoint carries, so that a resumed run goes on counting. Waits for the last step."""
         self._read_counts()
-        return {"tokens": self._tokens, **self._clock.totals}
+        return {"tokens": self._tokens, FLOPS_OFFSET: self._flops_offset, **self._clock.totals}
 
     def training_row(self, step: int, metrics: dict[str, jax.Array], skipped: int) -> dict[str, Any]:
         """One `train` row: loss of this step, throughput since the last row. Waits for the step to finish. `skipped`:
@@ -83,7 +84,13 @@ class Meter:
 
     def _costs(self, step: int) -> dict[str, float]:
         self._read_counts()
-        return {"tokens": self._tokens, "flops": self._flops_per_step * step, "seconds": self._clock.productive}
+        flops = self._flops_per_step * step + self._flops_offset
+        return {"tokens": self._tokens, "flops": flops, "seconds": self._clock.productive}
+
+
+def flops_per_step(config: Config) -> float:
+    """Useful FLOPs of one training step, padding and uncounted tokens included."""
+    return training_flops_per_token(config.model) * config.training.batch_size * config.model.context_length
 
 
 def peak_memory_bytes() -> int:

@@ -42,7 +42,13 @@ FREE = frozenset(
 # Fields younger than the first release, with what an older run did.
 _YOUNGER: dict[str, dict[str, Any]] = {
     "mesh": {"context": 1},
-    "training": {"max_skipped_steps": 10, "spike_threshold": 0.0, "max_rollbacks": 3, "watchdog_seconds": 1800.0},
+    "training": {
+        "max_skipped_steps": 10,
+        "spike_threshold": 0.0,
+        "max_rollbacks": 3,
+        "watchdog_seconds": 1800.0,
+        "init_from_state": False,
+    },
 }
 _SECONDS_TO_APPEAR = 20
 _PACKAGES = ("iha_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets")

@@ -1,4 +1,4 @@
-"""What is measured at every evaluation: validation loss, bits per byte, and IHA's diagnostics."""
+"""What is measured at every evaluation: validation loss, bits per byte, IHA's diagnostics; of retrieval, accuracy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from iha_jax.config import Config
 from iha_jax.data.batches import validation_batches
 from iha_jax.data.corpus import Corpus
+from iha_jax.data.retrieval import is_retrieval
 from iha_jax.evaluation.perplexity import evaluate
+from iha_jax.evaluation.retrieval import Retrieval
 from iha_jax.parallel.mesh import batch_shards
 from iha_jax.training.diagnostics import make_diagnostics
 from iha_jax.training.step import jit_eval_step
@@ -22,6 +24,9 @@ class Validation:
         self._config, self._corpus, self._mesh, self._before_batch = config, corpus, mesh, before_batch
         self._eval_step = jit_eval_step(config, mesh)
         self._diagnostics = make_diagnostics(config)
+        self._retrieval: Callable[[Any], dict[str, float]] = lambda _: {}
+        if is_retrieval(source := config.data.sources[0]):
+            self._retrieval = Retrieval(config, corpus.tokenizer, mesh, source)
 
     def __call__(self, parameters: Any) -> dict[str, float]:
         training = self._config.training
@@ -44,4 +49,4 @@ class Validation:
         row = {name: np.repeat(x, batch_shards(self._mesh), axis=0) for name, x in first.items()}
         found = self._diagnostics(parameters, row["inputs"], row["segment_ids"])
         numbers = {"loss": sums.loss, "bits_per_byte": sums.bits_per_byte}
-        return numbers | {name: float(value) for name, value in found.items()}
+        return numbers | {name: float(value) for name, value in found.items()} | self._retrieval(parameters)
