@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         _safetensors()
         _check_output(flags.output)
-        from iha_jax.evaluation.command import restore
+        from iha_jax.evaluation.run import restore
 
         run = restore(flags.workdir, flags.step)
         written = export(run, flags.output, dtype=flags.dtype, layout=flags.layout)

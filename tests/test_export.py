@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from iha_jax.config import LAYER_KINDS
-from iha_jax.evaluation.command import Restored
+from iha_jax.evaluation.run import Restored
 from iha_jax.model import abstract_parameters, bind
 from tests.tiny import tiny
 from tests.tiny_tokenizers import huggingface

@@ -81,6 +81,7 @@ def _options(flags: argparse.Namespace) -> "Options":
         lengths=tuple(map(int, lengths)),
         prompt=flags.prompt,
         eval_rows=flags.eval_rows,
+        allow_code_execution=flags.allow_code_execution,
         **{name: getattr(flags, name) for name in given},
     )
 
