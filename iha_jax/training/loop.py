@@ -163,6 +163,7 @@ def _attempt(job: Job, preemption: Preemption, start_up: StartUp, began: float) 
         if step % training.eval_every == 0 and not preempted and not writer.has_validation(step):
             evaluate(step)
             start_up.mark("validation")
+            preempted = preemption.requested_before(step)
         while step < training.steps and not preempted:
             step += 1
             meter.start()
