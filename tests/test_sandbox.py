@@ -116,7 +116,6 @@ assert os.getuid() != 0 and refused(lambda: os.setuid(0)) and refused(lambda: os
         ("for i in range(99): open(f'/dev/shm/{i}', 'wb').write(bytes(2**20))", "failed"),
         ("import os\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)\nassert False", "failed"),
         ("def f(): f()\nf()", "failed"),
-        ("import sys; sys.setrecursionlimit(10**9)\ndef f(x): return f([x])\nf(0)", "failed"),
     ],
 )
 def test_hostile_programs_are_contained(program, reason):
