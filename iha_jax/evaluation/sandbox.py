@@ -163,7 +163,7 @@ def _command(limits: Limits, *, as_root: bool) -> list[str]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--disable-userns", "--uid", "65534", "--gid", "65534"]
-    command += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox", "--dev", "/dev"]
+    command += ["--die-with-parent", "--new-session", "--hostname", "sandbox", "--dev", "/dev"]
     for folder in ("/python", "/python/bin", "/etc", "/usr"):
         command += ["--perms", "0755", "--dir", folder]
     for folder in ("/tmp", "/dev/shm"):

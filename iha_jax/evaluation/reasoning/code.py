@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from iha_jax.evaluation import sandbox_check
-from iha_jax.evaluation.reasoning.data import Row, rows_of
+from iha_jax.evaluation.reasoning.data import Row, checked_limit, rows_of
 from iha_jax.evaluation.reasoning.examples import MBPP
 from iha_jax.evaluation.reasoning.metrics import pass_metrics, summarize
 from iha_jax.evaluation.reasoning.sampling import (
@@ -135,7 +135,7 @@ def run_humaneval(model: TextModel, options: Options) -> TaskResult:
     sandbox_check.require(allowed=options.allow_code_execution)
     shots = shot_count("humaneval", options, 0)
     sampling = sampling_of("humaneval", options, max_tokens=512, stop=HUMANEVAL_STOP)
-    problems = humaneval_problems()[: options.limit]
+    problems = humaneval_problems()[: checked_limit(options)]
     prompts = [
         conversation([], f"Complete this Python function:\n\n```python\n{one.task}```") if options.chat else one.task
         for one in problems

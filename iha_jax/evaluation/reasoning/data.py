@@ -34,8 +34,7 @@ def rows_of(
       ValueError: naming task, place and field, or the line of a file, of what is missing or malformed; also what
         `parse` raises.
     """
-    if options.limit is not None and options.limit < 1:
-        raise ValueError(f"limit = {options.limit}: expected at least 1")
+    limit = checked_limit(options)
     place = options.data.get(task)
     if place is None:
         raise ValueError(
@@ -51,7 +50,7 @@ def rows_of(
     if not rows:
         raise ValueError(f"task {task}: {place} holds no example")
     parsed = []
-    for where, row in select(rows)[: options.limit]:
+    for where, row in select(rows)[:limit]:
         for field in fields:
             choices = (field,) if isinstance(field, str) else field
             if not any(row.get(name) is not None for name in choices):
@@ -63,6 +62,13 @@ def rows_of(
         except ValueError as error:
             raise ValueError(f"task {task}: {where}: {error}") from error
     return parsed
+
+
+def checked_limit(options: Options) -> int | None:
+    """`options.limit`. Raises ValueError for one that leaves nothing."""
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"limit = {options.limit}: expected at least 1")
+    return options.limit
 
 
 def _names(fields: Sequence[str | tuple[str, ...]]) -> str:

@@ -16,13 +16,15 @@ MEMORY_BYTES = 4 * 2**30
 
 
 class Equivalence:
-    """Compares answers. `timeouts` counts comparisons that took longer than `seconds`; they count as not equal.
+    """Compares answers. `given_up` counts comparisons that took longer than `seconds` or ended the process (memory).
+
+    They count as not equal.
 
     Use as a context manager: the process behind it ends with it. Raises ValueError where `math-verify` is missing.
     """
 
     def __init__(self, seconds: float = 10.0):
-        self.timeouts = 0
+        self.given_up = 0
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._known: dict[tuple[str, str], bool] = {}
@@ -56,19 +58,20 @@ class Equivalence:
             process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
             process.stdin.flush()
         except OSError:
-            self._stop()
-            return False
+            return self._give_up()
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             if not selector.select(self._seconds):
-                self.timeouts += 1
-                self._stop()
-                return False
+                return self._give_up()
         line = process.stdout.readline()
         if not line:  # out of memory, or a crash of the interpreter
-            self._stop()
-            return False
+            return self._give_up()
         return line.strip() == b"true"
+
+    def _give_up(self) -> bool:
+        self.given_up += 1
+        self._stop()
+        return False
 
     def _start(self) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).parents[3])

@@ -31,11 +31,10 @@ def last_boxed(text: str) -> str | None:
             found = bare.group(0) if bare else found
             continue
         depth = 1
-        for end in range(match.end(), len(text)):
-            if text[end - 1] != "\\":
-                depth += {"{": 1, "}": -1}.get(text[end], 0)
+        for token in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):  # an escaped brace closes nothing
+            depth += {"{": 1, "}": -1}.get(token.group(0), 0)
             if depth == 0:
-                found = text[match.end() : end].strip() or found
+                found = text[match.end() :][: token.start()].strip() or found
                 break
     return found
 
@@ -118,6 +117,6 @@ def run_math500(model: TextModel, options: Options) -> TaskResult:
         "data": options.data["math500"],
         "shots": shots,
         "chat": options.chat,
-        "comparisons_timed_out": equivalence.timeouts,
+        "comparisons_given_up": equivalence.given_up,
     }
     return result_of(summarize(values), settings, sampling, completions, records)
