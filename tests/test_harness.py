@@ -208,3 +208,15 @@ def test_refusals(folder, tmp_path, monkeypatch):
 def test_an_unknown_task_is_told_near_ones(folder):
     with pytest.raises(ValueError, match="lm_eval has no task 'tiny_choise'; near ones: tiny_choice"):
         run("tiny_choise", Scripted(), folder)
+
+
+def test_conversations(folder):
+    chat = pytest.importorskip("iha_jax.data.chat")
+    model = Scripted()
+    run("tiny_generate", model, folder, chat=True)
+    prompts, how = model.asked[0]
+    assert prompts == [chat.prompt_text([{"role": "user", "content": row["question"]}]) for row in SUMS]
+    assert how.stop == ("\n", chat.END_OF_TURN)
+    run("tiny_generate", model, folder, chat=True, shots=1)
+    solved = [{"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}]
+    assert model.asked[1][0][0] == chat.prompt_text([*solved, {"role": "user", "content": "1+1="}])
