@@ -1,4 +1,4 @@
-"""Decoding with a cache: tokens a second and cache bytes of the IHA hybrid, global MHA and Global+Local, on this machine.
+"""Decoding with a cache: tokens a second and cache bytes of the IHA hybrid, global MHA and Global+Local.
 
     python -m benchmarks.decode --contexts=1024,4096,8192
 
@@ -32,11 +32,21 @@ ARMS = {
     "global_local": ("mha_local",) * 4 + ("mha",),
     "iha": ("iha_local",) * 4 + ("mha",),
 }
-COLUMNS = ("context", "arm", "batch", "cache_bytes", "of_global", "tokens_per_second", "lower", "upper", "speedup")
+COLUMNS: tuple[str, ...] = (
+    "context",
+    "arm",
+    "batch",
+    "cache_bytes",
+    "of_global",
+    "tokens_per_second",
+    "lower",
+    "upper",
+    "speedup",
+)
 
 
 def model_of(arm: str, context: int, dtype: str) -> ModelConfig:
-    config = base.get_config()
+    config: Any = base.get_config()
     config.model.update(vocab_size=257, context_length=context, width=512, num_layers=5, num_heads=8, mlp_width=2048)
     config.model.update(layer_pattern=ARMS[arm], window=min(512, context), compute_dtype=dtype)
     config.model.iha.update(pseudo_heads=8, window=0)  # 0: N / (2 P^2)
@@ -77,7 +87,8 @@ def run_of(config: ModelConfig, batch: int, steps: int) -> Callable[[], float]:
     state = [caches, jnp.zeros(batch, jnp.int32)]
     run = jax.jit(functools.partial(decode, config, steps), donate_argnums=1)
     program = run.lower(parameters, *state).compile()
-    temporaries = program.memory_analysis().temp_size_in_bytes
+    memory = program.memory_analysis()
+    temporaries = 0 if memory is None else memory.temp_size_in_bytes
     print(f"N = {config.context_length}: cache {held / 2**20:.1f} MiB, temporaries {temporaries / 2**20:.1f} MiB")
 
     def again() -> float:

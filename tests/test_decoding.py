@@ -15,6 +15,7 @@ from iha_jax.evaluation.decoding.mechanisms import DECODING
 from iha_jax.evaluation.decoding.transformer import Decoder, prefill
 from iha_jax.evaluation.text_model import DOCUMENT, LENGTH, STOP, Sampling
 from iha_jax.model import ATTENTION, bind, initialize
+from tests.several import printed_by
 from tests.test_model import KEY, perturbed
 from tests.tiny import tiny
 
@@ -232,7 +233,7 @@ def test_prompts_that_are_too_long():
     assert (half.dropped_tokens, len(half.samples[0].tokens)) == (61 - 26, 27)
     assert half.samples[0].ended == LENGTH
     refusing = generator(batch_size=3, too_long="refuse")
-    with pytest.raises(ValueError, match="prompt 1 has 61 tokens .* at most 33 fit before 20 new ones"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 61 tokens .* at most 33 fit before 20 new ones"):
         refusing.complete(["short", long], Sampling(max_tokens=20))
 
 
@@ -245,5 +246,34 @@ def test_what_cannot_be_decoded_is_refused():
         with pytest.raises(ValueError, match=message):
             Generator(dataclasses.replace(config, **changes), {}, Bytes())
     for sampling in (Sampling(max_tokens=0), Sampling(samples=0), Sampling(seed=-1), Sampling(stop=("",))):
-        with pytest.raises(ValueError, match="max_tokens = 0|samples = 0|seed = -1|stop = "):
+        with pytest.raises(ValueError, match=r"max_tokens = 0|samples = 0|seed = -1|stop = "):
             generator(batch_size=3).complete(["a"], sampling)
+
+
+def test_meshes_give_the_same_samples_and_split_the_caches():
+    one = dict(data=1, fsdp=1, context=1, tensor=1)
+    meshes = {"one": one, "fsdp 2 x tensor 2": one | dict(fsdp=2, tensor=2), "context 2": one | dict(context=2)}
+    found = printed_by("tests.decoding_meshes", meshes, devices=4)
+    assert {name: each["held"] for name, each in found.items()} == {"one": 1, "fsdp 2 x tensor 2": 0.25, "context 2": 1}
+    for name in meshes:
+        assert found[name]["completions"] == found["one"]["completions"], name
+
+
+def test_steps_write_caches_in_place():
+    """The compiled steps hold less than one layer's cache beside the caches they were given, which they give back."""
+    model = generator(batch_size=3)
+    config = dataclasses.replace(model.config, context_length=4096)
+
+    def steps(parameters, caches, tokens, positions):
+        decoder = Decoder(config, parameters)
+        body = lambda i, carry: (decoder.step(carry[0], carry[1], positions + i)[1], carry[1])  # noqa: E731
+        return jax.lax.fori_loop(0, 3, body, (caches, tokens))[0]
+
+    rows = np.ones(3, np.int32)
+    caches = jax.eval_shape(
+        functools.partial(prefill, config, length=4096), model.parameters, np.ones((3, 1), np.int32), rows
+    )[1]
+    memory = jax.jit(steps, donate_argnums=1).lower(model.parameters, caches, rows, rows).compile().memory_analysis()
+    held = sum(x.size * 4 for x in jax.tree.leaves(caches))
+    assert memory.alias_size_in_bytes >= held
+    assert memory.temp_size_in_bytes < caches[-1]["key"].size * 4 / 2
