@@ -377,6 +377,12 @@ def _check_training(config: Config) -> list[str]:
         )
     if training.init_from_state and not training.init_from:
         problems.append("config.training.init_from_state = True: set config.training.init_from to the run it is of")
+    packed = [source for source in data.sources if source.partition(":")[0] in ("chat", "retrieval")]
+    if packed and not data.document_attention:
+        problems.append(
+            f"config.data.document_attention = False: what {packed[0]!r} packs into a row would see its "
+            f"neighbors there; set it to True"
+        )
     if len(data.sources) != len(data.weights):
         problems.append(
             f"config.data.weights = {data.weights}: expected one weight for each of the {len(data.sources)} "

@@ -69,6 +69,10 @@ BAD = [  # what is added to a good command, and what the refusal says
     ("--config.data.sources={folder}/text", "holds no TFDS data set (no dataset_info.json)"),
     ("--config.data.sources=", "config.data.sources = ()"),
     ("--config.data.sources=chat:/no/such.jsonl", "no file /no/such.jsonl; expected a .jsonl file, or a folder"),
+    (
+        "--config.data.sources=retrieval --config.data.document_attention=False",
+        "config.data.document_attention = False",
+    ),
     ("--config.data.sources=retrieval:one", "expected 'retrieval', or 'retrieval:SEED' with a whole number"),
     ("--config.data.train_split=trian", "has no split 'trian'"),
     ("--config.data.text_feature=body", "has no feature 'body'"),
