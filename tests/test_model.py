@@ -134,9 +134,9 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
 
 
 def layers(parameters, config):
-    from iha_jax.model.warm_start import _by_layer
+    from iha_jax.model.by_layer import weights_by_layer
 
-    return _by_layer(parameters, config)
+    return weights_by_layer(parameters, config)
 
 
 def test_arms_start_from_the_same_weights_where_shapes_agree():
