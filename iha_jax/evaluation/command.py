@@ -64,24 +64,11 @@ def _options(flags: argparse.Namespace) -> "Options":
         problems.append(f"--lengths={flags.lengths}: expected numbers of tokens, such as 1024,2048")
     if problems:
         raise ValueError("\n  ".join(problems))
-    given = (
-        "limit",
-        "shots",
-        "samples",
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "seed",
-        "chat",
-        "allow_code_execution",
-    )
+    given = ("limit", "shots", "samples", "max_tokens", "temperature", "top_k", "top_p", "seed", "chat", "eval_rows")
+    given += ("prompt", "allow_code_execution")
     return Options(
         data={name: path for name, _, path in pairs},
         lengths=tuple(map(int, lengths)),
-        prompt=flags.prompt,
-        eval_rows=flags.eval_rows,
-        allow_code_execution=flags.allow_code_execution,
         **{name: getattr(flags, name) for name in given},
     )
 
