@@ -27,7 +27,7 @@ def get_config(arm: str = "iha") -> ConfigDict:
 
     training = config.training
     training.init_from = f"runs/{arm}"
-    training.steps = 500
+    training.steps = 800
     training.eval_every = 100
-    training.checkpoint_every = 250
+    training.checkpoint_every = 200
     return config
