@@ -83,7 +83,10 @@ def _check(flags: argparse.Namespace) -> "tuple[list[str], Options]":
 
     names = list(dict.fromkeys(name for name in flags.tasks.split(",") if name))
     for name in names or [""]:
-        load_task(name)
+        try:
+            load_task(name)
+        except ValueError as error:
+            raise ValueError(f"--tasks={flags.tasks}: {error}") from error
     options = _options(flags)
     out = epath.Path(flags.out) if flags.out and is_first() else None
     if out and (out.is_dir() or (is_local(out) and not out.parent.is_dir())):
