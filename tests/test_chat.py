@@ -262,7 +262,7 @@ def test_a_prompt_that_is_no_prompt_is_refused():
 # --- The generated reasoning set.
 
 
-def test_arithmetic_is_right_and_its_files_share_no_sum(tmp_path):
+def test_arithmetic_is_right_and_its_files_share_no_question(tmp_path):
     arithmetic.write(tmp_path, {"train": 400, "validation": 40, "test": 40}, seed=3)
     found = {}
     for file in ("train", "validation", "test"):
@@ -271,7 +271,7 @@ def test_arithmetic_is_right_and_its_files_share_no_sum(tmp_path):
             pairs = [(line["question"], line["answer"]) for line in lines]
         else:
             pairs = [tuple(message["content"] for message in read_conversation(json.dumps(line))) for line in lines]
-        found[file] = {answer.split(" = ")[0] for _, answer in pairs}
+        found[file] = {question for question, _ in pairs}
         for question, answer in pairs:
             equation, result = answer.split("\n#### ")
             left, right = equation.split(" = ")
