@@ -20,6 +20,11 @@ class Examples:
     labels: np.ndarray  # int8 [n, L]: the composition
     segment_ids: np.ndarray  # int8 [n, L]: 1 for entries, 0 for padding
 
+    def of_size(self, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels [n_m, m^2] of the examples with this m, without padding."""
+        rows = self.segment_ids.sum(1, dtype=np.int32) == m * m
+        return self.tokens[rows, : m * m], self.labels[rows, : m * m]
+
 
 def compose(relations: np.ndarray, hops: int) -> np.ndarray:
     """`R∘...∘R` with `hops` factors, of relations [n, m, m]; boolean."""
@@ -35,10 +40,10 @@ def make_examples(
 ) -> dict[str, Examples]:
     """The three `SPLITS`, of `counts` examples; a function of its arguments alone.
 
-    m is uniform over `sizes[0]` to `sizes[1]`, and each entry of R is 1 with probability `density`. No relation occurs
-    twice, in one split or in two: one that was drawn before is drawn again, with the same m. The splits are cut from
-    one shuffled list, so they have the same distribution. Relations that differ in the names of their elements alone
-    (permuted rows and columns) count as different.
+    Every split has equally many examples (to one) of each m from `sizes[0]` to `sizes[1]`, in random order, and each
+    entry of R is 1 with probability `density`. No relation occurs twice, in one split or in two: one that was drawn
+    before is drawn again, with the same m. Then they are dealt out at random, so the splits have the same distribution.
+    Relations that differ in the names of their elements alone (permuted rows and columns) count as different.
 
     Raises:
       ValueError: for values that make no such data, among them more examples of a size than a quarter of its `2^(m^2)`
@@ -51,18 +56,18 @@ def make_examples(
             f"2 hops, 1 <= smallest <= largest size, 0 < density < 1, at least 1 example a split, a seed of 0 or more"
         )
     generator = np.random.default_rng([seed, hops, low, high])
-    of_size = np.bincount(generator.integers(low, high + 1, sum(counts)), minlength=high + 1)
-    tokens, labels, segment_ids = (np.zeros((sum(counts), high * high), np.int8) for _ in range(3))
-    start = 0
-    for m in range(low, high + 1):
-        rows = slice(start, start + int(of_size[m]))
-        relations = _distinct_relations(generator, int(of_size[m]), m, density)
-        tokens[rows, : m * m] = relations.reshape(-1, m * m)
-        labels[rows, : m * m] = compose(relations, hops).reshape(-1, m * m)
-        segment_ids[rows, : m * m] = 1
-        start = rows.stop
-    order = np.split(generator.permutation(sum(counts)), np.cumsum(counts)[:-1])
-    return {s: Examples(tokens[at], labels[at], segment_ids[at]) for s, at in zip(SPLITS, order, strict=True)}
+    parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for i, m in enumerate(range(low, high + 1)):
+        shares = [(count + high - low - i) // (high - low + 1) for count in counts]
+        relations = _distinct_relations(generator, sum(shares), m, density)
+        dealt = np.split(relations[generator.permutation(len(relations))], np.cumsum(shares)[:-1])
+        for split, share in zip(SPLITS, dealt, strict=True):
+            columns = (share, compose(share, hops), np.ones_like(share))
+            padded = np.zeros((len(share), len(columns), high * high), np.int8)
+            padded[..., : m * m] = np.stack(columns, axis=1).reshape(len(share), len(columns), m * m)
+            parts[split].append(padded)
+    shuffled = {split: generator.permutation(np.concatenate(part)) for split, part in parts.items()}
+    return {split: Examples(*np.moveaxis(rows, 1, 0)) for split, rows in shuffled.items()}
 
 
 def _distinct_relations(generator: np.random.Generator, count: int, m: int, density: float) -> np.ndarray:
