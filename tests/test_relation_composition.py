@@ -86,7 +86,10 @@ def test_parameters_are_as_many_as_the_papers(arm, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("arm", ["mha", "iha_p2", "simplicial", "talking_heads", "differential", "fused_mixing"])
+SLOW = [pytest.param(arm, marks=pytest.mark.slow) for arm in ("talking_heads", "differential", "fused_mixing")]
+
+
+@pytest.mark.parametrize("arm", ["mha", "iha_p2", "simplicial", *SLOW])
 def test_padding_changes_nothing_and_every_bias_acts(arm):
     point = small(f"experiment.arms={arm}")
     parameters = jax.jit(lambda: initialize_labeller(point.config.model, jax.random.key(3)))()
@@ -117,7 +120,7 @@ def test_padding_changes_nothing_and_every_bias_acts(arm):
 
 
 def test_side_by_side_seeds_take_the_steps_they_take_alone():
-    point = small("experiment.arms=iha_p2", "optimizer.warmup_steps=0")
+    point = small("experiment.largest_size=3", "optimizer.warmup_steps=0")
     data = data_of(point, examples(point.experiment)["train"])
     seeds = jnp.arange(2)
     states = jax.jit(jax.vmap(lambda seed: initial_state(point, seed)))(seeds)
