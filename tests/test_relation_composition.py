@@ -120,7 +120,8 @@ def test_padding_changes_nothing_and_every_bias_acts(arm):
 
 
 def test_side_by_side_seeds_take_the_steps_they_take_alone():
-    point = small("experiment.largest_size=3", "optimizer.warmup_steps=0")
+    # Not MHA: the gradient of its key bias is 0 but for rounding, which Adam's first step makes as large as any other.
+    point = small("experiment.arms=iha_p2", "experiment.largest_size=3", "optimizer.warmup_steps=0")
     data = data_of(point, examples(point.experiment)["train"])
     seeds = jnp.arange(2)
     states = jax.jit(jax.vmap(lambda seed: initial_state(point, seed)))(seeds)
