@@ -212,7 +212,7 @@ def resolve(values: Any) -> Config:
     if hasattr(values, "to_dict"):  # an ml_collections.ConfigDict, which this module need not import
         values = values.to_dict()
     problems: list[str] = []
-    config = _build(Config, values, "config", problems)
+    config = build(Config, values, "config", problems)
     if config is not None and not problems:
         config = _derive(config)
         problems += _check_rules(config)
@@ -248,7 +248,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+def build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
+    """The frozen dataclass `cls` from a mapping, its fields checked by themselves; what is wrong with any of them is
+    added to `problems`. None when fields are missing."""
     if not isinstance(values, Mapping):
         problems.append(f"{path} = {values!r}: expected a section with keys {', '.join(get_type_hints(cls))}")
         return None
@@ -263,7 +265,7 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
         if field.name not in values:
             problems.append(f"{name} is missing")
         elif dataclasses.is_dataclass(kind):
-            found[field.name] = _build(kind, values[field.name], name, problems)  # type: ignore[arg-type]
+            found[field.name] = build(kind, values[field.name], name, problems)  # type: ignore[arg-type]
         else:
             found[field.name] = _check_value(name, values[field.name], kind, field.metadata, problems)
     return cls(**found) if len(found) == len(types) else None

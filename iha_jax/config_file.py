@@ -28,7 +28,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     values = _call_get_config(module, path, arm).to_dict()
     problems: list[str] = []
     for override in overrides:
-        _apply(values, override, problems)
+        apply_override(values, override, problems)
     try:
         config = resolve(values)
     except ConfigError as error:
@@ -77,7 +77,8 @@ def _call_get_config(module: ModuleType, path: str, arm: str) -> Any:
     return get_config(arm) if arm else get_config()
 
 
-def _apply(values: dict[str, Any], override: str, problems: list[str]) -> None:
+def apply_override(values: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Sets one value in place, as "section.key=value" says; what is wrong with it is added to `problems`."""
     name, equals, text = override.partition("=")
     *sections, key = name.split(".")
     if not equals or not key:

@@ -16,7 +16,7 @@ def is_mixing(path: str) -> bool:
 
 def is_decayed(path: str) -> bool:
     """Whether weight decay applies: to everything but norms' scales, biases and head-mixing weights."""
-    return not is_mixing(path) and path.rsplit("/", 1)[-1] not in ("scale", "bias")
+    return not is_mixing(path) and not path.endswith(("scale", "bias"))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

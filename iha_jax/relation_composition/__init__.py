@@ -1,0 +1,1 @@
+"""The paper's relation-composition experiment: every arm and learning rate, all seeds of one side by side."""
