@@ -147,10 +147,9 @@ def test_draws_follow_their_distribution_and_keys():
         drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}))
         tokens = draw(logits, keys(np.uint32(3), number, 0 * number, 0 * number), drawing)
         assert np.allclose(np.bincount(tokens, minlength=3) / 4000, expected, atol=0.03)
-    of = [
-        jax.random.key_data(keys(np.uint32(s), *(np.asarray([x]) for x in rest))) for s, *rest in np.eye(4, dtype=int)
-    ]
-    assert len({tuple(np.ravel(key)) for key in of}) == 4
+    each = np.eye(5, 4, dtype=int)  # seed, prompt, sample, token: one of them 1, or none
+    of = [jax.random.key_data(keys(np.uint32(s), *(np.asarray([x]) for x in rest))) for s, *rest in each]
+    assert len({tuple(np.ravel(key)) for key in of}) == 5
 
 
 @pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)])
