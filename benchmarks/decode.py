@@ -28,7 +28,7 @@ from iha_jax.evaluation.decoding.transformer import Caches, Decoder, prefill
 from iha_jax.model import initialize
 
 ARMS = {
-    "global": ("mha",),
+    "global": ("mha",) * 5,
     "global_local": ("mha_local",) * 4 + ("mha",),
     "iha": ("iha_local",) * 4 + ("mha",),
 }

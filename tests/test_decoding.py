@@ -20,6 +20,7 @@ from tests.test_model import KEY, perturbed
 from tests.tiny import tiny
 
 KINDS = sorted(ATTENTION)
+ELSEWHERE = ("mha", "fused_mixing", "simplicial")  # less of what is tested by default already
 LENGTHS = np.asarray([1, 7, 13])  # of prompts: shorter than, as long as and longer than the rings
 
 
@@ -63,7 +64,7 @@ def test_every_mechanism_can_decode():
     assert set(DECODING) == set(ATTENTION)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in ELSEWHERE else ()) for k in KINDS])
 def test_steps_equal_the_full_forward_pass(kind):
     """Two scanned layers, K < H, rings that come round, rows of different lengths."""
     check(small((kind,), model__num_kv_heads=2))
@@ -72,9 +73,8 @@ def test_steps_equal_the_full_forward_pass(kind):
 IHA_SWITCHES = (
     dict(model__iha__causality="token", model__iha__collapse="per_head", model__qk_norm=True),
     dict(model__iha__rope_positions="token", model__scan_layers=False),
-    dict(model__iha__rope_positions="none", model__iha__causality="token", model__num_kv_heads=2),
-    dict(model__positions="none", model__iha__collapse="per_head"),
-    dict(model__iha__pseudo_heads=1, model__iha__window=1),
+    pytest.param(dict(model__positions="none", model__iha__collapse="per_head"), marks=pytest.mark.slow),
+    pytest.param(dict(model__iha__pseudo_heads=1, model__iha__window=1), marks=pytest.mark.slow),
 )
 
 
@@ -110,6 +110,7 @@ def test_caches_of_fewer_slots_than_the_context():
     check(small(("mha_local", "iha_local"), model__window=15, model__iha__window=14), length=13)
 
 
+@pytest.mark.slow
 def test_half_precision_stays_near():
     check(small(("iha_local", "mha"), model__compute_dtype="bfloat16"), tolerance=0.05)
 
@@ -146,10 +147,9 @@ def test_draws_follow_their_distribution_and_keys():
         drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}))
         tokens = draw(logits, keys(np.uint32(3), number, 0 * number, 0 * number), drawing)
         assert np.allclose(np.bincount(tokens, minlength=3) / 4000, expected, atol=0.03)
-    of = [
-        jax.random.key_data(keys(np.uint32(s), *(np.asarray([x]) for x in rest))) for s, *rest in np.eye(4, dtype=int)
-    ]
-    assert len({tuple(np.ravel(key)) for key in of}) == 4
+    each = np.eye(5, 4, dtype=int)  # seed, prompt, sample, token: one of them 1, or none
+    of = [jax.random.key_data(keys(np.uint32(s), *(np.asarray([x]) for x in rest))) for s, *rest in each]
+    assert len({tuple(np.ravel(key)) for key in of}) == 5
 
 
 @pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)])
@@ -250,6 +250,7 @@ def test_what_cannot_be_decoded_is_refused():
             generator(batch_size=3).complete(["a"], sampling)
 
 
+@pytest.mark.slow
 def test_meshes_give_the_same_samples_and_split_the_caches():
     one = dict(data=1, fsdp=1, context=1, tensor=1)
     meshes = {"one": one, "fsdp 2 x tensor 2": one | dict(fsdp=2, tensor=2), "context 2": one | dict(context=2)}
