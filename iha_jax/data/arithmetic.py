@@ -3,9 +3,9 @@
     python -m iha_jax.data.arithmetic --output=data/arithmetic
 
 writes `train.jsonl` and `validation.jsonl`, conversations for `data.sources = ("chat:data/arithmetic",)`, and
-`test.jsonl`, problems in the layout of GSM8K (`question`, `answer` with its result after "####"). A problem belongs to one of
-the three files by a hash of its question: no test question was trained on, but its two numbers were, in other words. There
-are 126 pairs of numbers: a model of minutes learns them by heart, and tests of unseen pairs say more of luck than of it.
+`test.jsonl`, problems in the layout of GSM8K (`question`, `answer` with its result after "####"). A problem belongs to
+one of the three files by a hash of its question: no test question was trained on, but its two numbers were, in other
+words. There are 126 pairs of numbers: models of minutes learn them by heart, and unseen pairs measured luck.
 """
 
 import argparse
