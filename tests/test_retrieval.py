@@ -10,7 +10,7 @@ import pytest
 from iha_jax.comparison.report import report
 from iha_jax.data.batches import example, train_batches
 from iha_jax.data.corpus import open_corpus
-from iha_jax.data.retrieval import HELD_OUT, LONGEST, QUERIES, SHORTEST, TRAINED, RetrievalRows, evaluation_lengths
+from iha_jax.data.retrieval import IS_HELD_OUT, KEYS, NEEDLES, QUERIES, SHORTEST, RetrievalRows, evaluation_lengths
 from iha_jax.data.tokenizers import Bytes, load_tokenizer
 from iha_jax.evaluation.retrieval import make_exact_step, metric_name
 from iha_jax.model import bind, initialize
@@ -34,53 +34,52 @@ def texts(row):
 
 
 def read(text):
-    assert re.fullmatch(r"([a-z]{2}[A-Z\d])+", text)
-    return re.findall(r"([a-z]{2})([A-Z\d])", text)
+    """(key, value, where its value stands) of every needle and query; what is between them is noise."""
+    assert re.fullmatch(r"([\[\\\]^_`{|}~]|[a-zA-Z][!-@])*", text)
+    return [(*match.group(), match.start() + 1) for match in re.finditer(r"[a-zA-Z][!-@]", text)]
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "trained", "held_out"])
 def test_every_answer_stands_in_its_text_and_only_answers_count(split):
-    found, distractors = made(split), 0
+    found, needles, noise = made(split), 0, 0
     for i in range(0, 6000, 97):
         for text, counted in texts(found[i]):
-            facts = {}
-            expected = []
-            for key, value in read(text):
-                expected += [0, 0, int(key in facts)]
+            facts, expected = {}, np.zeros(len(text), int)
+            for key, value, at in read(text):
+                expected[at] = key in facts
                 assert facts.setdefault(key, value) == value
-            assert counted.tolist() == expected
-            distractors += len(facts)
+            assert counted.tolist() == expected.tolist()
+            assert 2 <= len(facts) <= NEEDLES
+            needles += len(facts)
+            noise += len(text) - 2 * len(read(text))
             if split != "train":
-                queries = expected.index(1) // 3
-                assert sum(expected) == QUERIES
-                assert len(read(text)) - queries == QUERIES  # behind all needles
-    assert distractors > 500
+                assert (len(facts), expected.sum()) == (NEEDLES, QUERIES)
+                assert expected[: -2 * QUERIES].sum() == 0  # behind all needles
+    assert needles > 500
+    assert noise > 500
 
 
-def test_no_trained_text_has_a_held_out_key_and_both_kinds_are_asked_for():
-    held_out = {chr(97 + key // 26) + chr(97 + key % 26) for key in HELD_OUT}
-    assert 40 < len(held_out) < 100
-    assert len(TRAINED) + len(HELD_OUT) == 26 * 26
+def test_held_out_keys_are_distractors_in_training_and_never_asked_for():
+    held_out = {chr(key) for key in KEYS[IS_HELD_OUT]}
+    assert 4 < len(held_out) < 10
 
     def keys(split, asked):
         for i in range(300):
             for text, counted in texts(made(split)[i]):
-                items = read(text)
-                yield from (key for (key, _), c in zip(items, counted[2::3], strict=True) if c or not asked)
+                yield from (key for key, _, at in read(text) if counted[at] or not asked)
 
-    assert not held_out & set(keys("train", asked=False))
+    assert held_out < set(keys("train", asked=False))
+    assert not held_out & set(keys("train", asked=True))
     assert not held_out & set(keys("trained", asked=True))
-    assert held_out & set(keys("trained", asked=False))
-    assert set(keys("held_out", asked=True)) <= held_out
+    assert set(keys("held_out", asked=True)) == held_out
     assert set(keys("validation", asked=True)) <= held_out
 
 
 def test_lengths_are_exact_and_evaluation_goes_beyond_training():
-    assert evaluation_lengths(152) == (38, 76, 152, 304, 608)
-    for length in (SHORTEST, 152, 153, 154, 608, LONGEST):
+    assert evaluation_lengths(172) == (43, 86, 172, 344, 688)
+    for length in (SHORTEST, 152, 153, 688):
         row = made("held_out", length)[5]
-        used = int((row["segment_ids"] > 0).sum())
-        assert length - 2 < used <= length + 1
+        assert row["segment_ids"].tolist() == [1] * (length + 1)
         assert row["tokens"].shape == (length + 1,)
 
 
@@ -121,14 +120,14 @@ def test_right_answers_are_counted_as_a_loop_does():
 @pytest.mark.slow
 def test_a_run_measures_accuracy_at_every_length(tmp_path):
     changes = dict(model__num_layers=1, model__layer_pattern=("mha",), model__implementation="reference")
-    changes |= dict(model__context_length=100, training__eval_rows=4)
+    changes |= dict(model__context_length=164, training__eval_rows=4)
     config = tiny(data__sources=("retrieval",), training__steps=4, training__eval_every=4, **changes)
     assert train(admit(config, str(tmp_path / "run"))) == 0
     last = metrics(tmp_path / "run", "val")[-1]
-    names = [metric_name(keys, n) for keys in ("trained", "held_out") for n in (25, 50, 100, 200, 400)]
+    names = [metric_name(keys, n) for keys in ("trained", "held_out") for n in (41, 82, 164, 328, 656)]
     assert all(0 <= last[name] <= 1 for name in names)
     counted = example(open_corpus(config).train[0][0])["loss_mask"].sum()
-    assert 0 < counted < 60
+    assert 0 < counted < 82
 
 
 def test_a_report_has_accuracy_by_length_with_intervals(tmp_path):
@@ -164,6 +163,5 @@ def test_bad_input_is_refused(tmp_path):
         made("test")
     with pytest.raises(ValueError, match=r"needs config\.data\.tokenizer = 'bytes'"):
         RetrievalRows("retrieval", "train", load_tokenizer(huggingface("byte-level", tmp_path)), 150)
-    for length in (23, 2000):
-        with pytest.raises(ValueError, match=r"so 100 to \d+ for config\.model\.context_length"):
-            open_corpus(tiny(data__sources=("retrieval",), model__context_length=length))
+    with pytest.raises(ValueError, match=r"so 164 or more for config\.model\.context_length"):
+        open_corpus(tiny(data__sources=("retrieval",), model__context_length=163))

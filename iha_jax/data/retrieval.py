@@ -1,15 +1,16 @@
-"""Multi-key retrieval, generated: which value stood behind this key? Every row is a function of (seed, split, index).
+"""Generated multi-key retrieval: which value stood behind this key? Every row is a function of (seed, split, index).
 
-A text is byte tokens: the document separator, then needles `abX` (a key of two letters, a value that is a capital or a
-digit). A needle whose key stood there before is a query: it repeats the value, and its value alone counts in the loss.
-All other needles are distractors; as in RULER's multi-key tasks all their keys differ, and most share a letter with
-several others, so both letters must be matched at once. A guess is right once in 36.
+A text is byte tokens: the document separator, then needles `kV` (a key that is a letter, a value of another alphabet),
+and as haystack noise of a third one. A needle whose key stood there before is a query: it repeats the value, and its
+value alone counts in the loss. The other needles are distractors: as in RULER's multi-key tasks their keys all differ.
+A guess is right once in 32, a guess among the values of a text of 16 needles once in 16.
 
-Training rows of N tokens hold 1, 2, 4 or 8 texts of about N to N/8 tokens; up to two thirds of a text's items
-are queries, behind all needles in some texts and among them in most: the nearest are easy, and learned first. A tenth
-of the keys is held out: no training text has them. Evaluation asks for `QUERIES` keys behind all needles, trained ones
-or held-out ones, at lengths from N/4 to 4 N. The validation split is such texts of N tokens, with held-out keys. The
-spec of the source is "retrieval", or "retrieval:SEED" for other texts.
+Training rows of N tokens hold 1, 4 or 8 texts of about N to N/8 tokens with 2 to 16 needles, as many queries as there
+is room for, and no noise or some. Queries stand behind all needles in some texts and among them in most: the nearest
+are easy, and learned first. One in eight keys is held out: training texts have it as a distractor and never ask for it.
+Evaluation asks for `QUERIES` of 16 keys behind all needles, trained ones or held-out ones, in texts of N/4 to 4 N
+tokens, filled up with noise. The validation split is such texts of N tokens, with held-out keys. The spec of the source
+is "retrieval", or "retrieval:SEED" for other texts.
 """
 
 import hashlib
@@ -20,10 +21,16 @@ from iha_jax.data.tokenizers import Bytes, Tokenizer
 
 PREFIX = "retrieval"
 SPLITS = ("train", "validation", "trained", "held_out")  # the last two: of evaluation, by whose keys are asked for
-ITEM, ANSWER = 3, 1  # tokens of a needle or query, and of its value at the end
-QUERIES = 4  # of a text in evaluation
-TEXTS = (1, 2, 4, 8)  # of a training row
+KEYS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+VALUES = np.arange(33, 65)  # digits and punctuation
+NOISE = np.frombuffer(b"[\\]^_`{|}~", np.uint8)
+IS_HELD_OUT = np.arange(KEYS.size) % 8 == 5
+ITEM = 2  # tokens of a needle or query
+NEEDLES, QUERIES = 16, 4  # of a text in evaluation; NEEDLES: in training at most
+TEXTS = (1, 4, 8, 8)  # of a training row
 AMONG = 0.6  # share of the training texts whose queries stand among the needles
+NOISY, MOST_NOISE = 0.5, 0.9  # share of the training texts that have noise, and how much of one it can be
+SHORTEST = 1 + ITEM * (NEEDLES + QUERIES)  # tokens of a text in evaluation
 _SEPARATOR = Bytes.document_id
 _ROWS = {"train": 1 << 24}
 _EVALUATION_ROWS = 1 << 16
@@ -31,20 +38,6 @@ _EVALUATION_ROWS = 1 << 16
 
 def is_retrieval(source: str) -> bool:
     return source.partition(":")[0] == PREFIX
-
-
-def _is_held_out(key: int) -> bool:
-    """Whether a key (first letter * 26 + second) is never in a training text: about a tenth of them."""
-    return hashlib.sha256(f"key {key}".encode()).digest()[0] % 10 == 0
-
-
-VALUES = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", np.uint8)
-KEYS = np.arange(26 * 26)
-HELD_OUT = np.array([key for key in KEYS if _is_held_out(int(key))])
-TRAINED = np.setdiff1d(KEYS, HELD_OUT)
-
-
-SHORTEST, LONGEST = 1 + 2 * QUERIES * ITEM, ITEM * len(TRAINED)  # tokens of a text
 
 
 def evaluation_lengths(context_length: int) -> tuple[int, ...]:
@@ -57,8 +50,7 @@ class RetrievalRows:
     int32 [N + 1] each.
 
     Raises:
-      ValueError: for a context that is too short for a text or too long for the keys there are, another tokenizer than
-        bytes, or a seed that is no number.
+      ValueError: for a context that is too short for a text, another tokenizer than bytes, or a seed that is no number.
     """
 
     is_local = True
@@ -72,10 +64,10 @@ class RetrievalRows:
             raise ValueError(f"data source {source!r}: expected 'retrieval', or 'retrieval:SEED' with a whole number")
         if tokenizer.spec != Bytes.spec:
             raise ValueError(f"data source {source!r} needs config.data.tokenizer = 'bytes', not {tokenizer.spec!r}")
-        if not SHORTEST <= context_length <= LONGEST:
+        if context_length < SHORTEST:
             raise ValueError(
-                f"data source {source!r}: a text of {context_length} tokens; expected {SHORTEST} to {LONGEST}, so "
-                f"{4 * SHORTEST} to {LONGEST // 4} for config.model.context_length"
+                f"data source {source!r}: a text of {context_length} tokens; expected {SHORTEST} or more, so "
+                f"{4 * SHORTEST} or more for config.model.context_length"
             )
         self.context_length = context_length
         self._split, self._seed = split, int(seed or 0)
@@ -93,33 +85,59 @@ class RetrievalRows:
         length = self.context_length + 1
         row = {name: np.zeros(length, np.int32) for name in ("tokens", "segment_ids", "counted")}
         texts = TEXTS[rng.integers(len(TEXTS))] if self._split == "train" else 1
+        room = length // texts - 1
         for i in range(texts):
-            items, queries = self._text(rng, (length // texts - 1) // ITEM)
-            here = slice(i * (length // texts), i * (length // texts) + 1 + items.size)
-            row["tokens"][here] = [_SEPARATOR, *items.ravel()]
+            make = _training_items if self._split == "train" else _evaluation_items
+            keys, values, queries = make(rng, room // ITEM, self._split)
+            tokens, counted = _with_noise(rng, np.stack([KEYS[keys], VALUES[values]], axis=1), queries, room)
+            here = slice(i * (room + 1), (i + 1) * (room + 1))
+            row["tokens"][here] = [_SEPARATOR, *tokens]
             row["segment_ids"][here] = i + 1
-            row["counted"][here][1:] = (queries[:, None] & (np.arange(ITEM) >= ITEM - ANSWER)).ravel()
+            row["counted"][here][1:] = counted
         return row
 
-    def _text(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [count, ITEM] of needles and queries, and which are queries, bool [count]."""
-        if self._split == "train":
-            queries = np.arange(count) >= count - rng.integers(1, count * 2 // 3 + 1)
-            if rng.random() < AMONG:
-                queries[1:] = rng.permutation(queries[1:])
-            before = np.cumsum(~queries)  # needles so far
-            keys = rng.choice(TRAINED, before[-1], replace=False)
-            chosen = np.where(queries, rng.integers(0, before), before - 1)
-        else:  # the keys asked for stand first, and are moved with all others
-            queries = np.arange(count) >= count - QUERIES
-            wanted = rng.choice(TRAINED if self._split == "trained" else HELD_OUT, QUERIES, replace=False)
-            others = rng.choice(np.setdiff1d(KEYS, wanted), count - 2 * QUERIES, replace=False)
-            order = rng.permutation(count - QUERIES)
-            keys = np.concatenate([wanted, others])[order]
-            chosen = np.concatenate([np.arange(keys.size), rng.permutation(np.flatnonzero(order < QUERIES))])
-        return _items(keys, rng.integers(0, VALUES.size, keys.size))[chosen], queries
+
+Items = tuple[np.ndarray, np.ndarray, np.ndarray]  # key and value of each needle and query [n], and which are queries
 
 
-def _items(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Tokens [n, 3] of `abX`."""
-    return np.stack([ord("a") + keys // 26, ord("a") + keys % 26, VALUES[values]], axis=1)
+def _training_items(rng: np.random.Generator, most: int, split: str) -> Items:
+    """2 to `NEEDLES` needles, the first of a trained key, and queries for trained keys up to `most` items or fewer."""
+    if rng.random() < NOISY:
+        most = max(3, int(most * (1 - MOST_NOISE * rng.random())))
+    needles = int(rng.integers(2, min(NEEDLES, max(2, most * 2 // 3)) + 1))
+    queries = np.arange(most) >= needles
+    if rng.random() < AMONG:
+        queries[1:] = rng.permutation(queries[1:])
+    keys = rng.permutation(KEYS.size)[:needles]
+    trained = np.flatnonzero(~IS_HELD_OUT[keys])
+    if trained.size == 0:
+        keys[0], trained = rng.choice(np.flatnonzero(~IS_HELD_OUT)), np.zeros(1, int)
+    keys[[0, trained[0]]], trained[0] = keys[[trained[0], 0]], 0
+    before = np.cumsum(~queries)  # needles so far
+    asked = trained[rng.integers(0, np.searchsorted(trained, before))]
+    chosen = np.where(queries, asked, before - 1)
+    return keys[chosen], rng.integers(0, VALUES.size, needles)[chosen], queries
+
+
+def _evaluation_items(rng: np.random.Generator, most: int, split: str) -> Items:
+    """`NEEDLES` needles, then `QUERIES` different ones of them, of held-out keys unless `split` is "trained"."""
+    wanted = rng.permutation(np.flatnonzero(~IS_HELD_OUT if split == "trained" else IS_HELD_OUT))[:QUERIES]
+    others = rng.permutation(np.setdiff1d(np.arange(KEYS.size), wanted))[: NEEDLES - QUERIES]
+    keys = rng.permutation(np.concatenate([wanted, others]))
+    chosen = np.concatenate([np.arange(NEEDLES), rng.permutation(np.flatnonzero(np.isin(keys, wanted)))])
+    return keys[chosen], rng.integers(0, VALUES.size, NEEDLES)[chosen], np.arange(chosen.size) >= NEEDLES
+
+
+def _with_noise(
+    rng: np.random.Generator, items_nI: np.ndarray, queries_n: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`room` tokens: the items in their order, noise at random before needles; and which tokens are asked for."""
+    count = len(items_nI)
+    needles = np.flatnonzero(~queries_n)
+    before = np.bincount(rng.choice(needles, room - ITEM * count), minlength=count)  # noise before each item
+    at = np.cumsum(before) + ITEM * np.arange(count)
+    tokens, counted = rng.choice(NOISE, room), np.zeros(room, np.int32)
+    for place in range(ITEM):
+        tokens[at + place] = items_nI[:, place]
+    counted[at + ITEM - 1] = queries_n
+    return tokens, counted
