@@ -124,7 +124,7 @@ def test_a_neighbor_in_the_row_changes_nothing(tmp_path):
     second = batches["both"]["segment_ids"] == 2
     only_second = batches["both"] | {"loss_mask": batches["both"]["loss_mask"] * second}
     lengths = jnp.ones(257, jnp.int32)
-    gradient = jax.jit(jax.grad(lambda p, batch: step(p, batch, lengths)["nll"]))
+    gradient = jax.jit(jax.grad(lambda p, batch: step(p, batch, lengths)["nll"].sum()))
     gradients = [gradient(parameters, batch) for batch in (only_second, batches["alone"])]
     for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1.0, float(jnp.abs(other).max())))

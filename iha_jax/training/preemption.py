@@ -17,7 +17,8 @@ class Preemption:
     step; a second one ends its process at once, unsaved, with exit code 128 + its number.
 
     A thread takes the signals, from a socket that Python's handler in C writes them to: so they are seen while the main
-    thread compiles or waits for a device, which keeps handlers written in Python from running.
+    thread compiles or waits for a device, which keeps handlers written in Python from running. Where that runs, it is
+    told at once, so that a signal during a step counts for that step.
     """
 
     def __init__(self) -> None:
@@ -32,12 +33,17 @@ class Preemption:
         return self._stop.after(step)
 
     def _listen(self) -> None:
+        heard = 0
         while number := self._heard.recv(1):
             if number[0] not in SIGNALS:
                 continue
-            if self._stop.told:
+            heard += 1
+            if heard == 2:
                 end(128 + number[0])
             self._stop.tell()
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._stop.told = True
 
     def __enter__(self) -> Self:
         self._heard, self._told = socket.socketpair()
@@ -45,7 +51,7 @@ class Preemption:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         self._socket_before = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        self._before = {s: signal.signal(s, _leave_to_the_thread) for s in SIGNALS}
+        self._before = {s: signal.signal(s, self._notice) for s in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +61,3 @@ class Preemption:
         self._told.close()
         self._listener.join()
         self._heard.close()
-
-
-def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    pass
