@@ -224,7 +224,7 @@ def resolve(values: Any) -> Config:
 def resolve_model(values: Any) -> ModelConfig:
     """The `model` section of a resolved config, as `as_dict` writes it, checked. Raises ConfigError as `resolve`."""
     problems: list[str] = []
-    model = _build(ModelConfig, values, "config.model", problems)
+    model = build(ModelConfig, values, "config.model", problems)
     if model is not None and not problems:
         problems += _check_model(model)
     if problems or model is None:

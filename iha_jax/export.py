@@ -165,6 +165,7 @@ def _write_config(folder: Path, run: Any, plain: bool, dtype: str, document_id: 
         "version": VERSION,
         "layout": "plain" if plain else "transformers",
         "step": run.step,
+        "checkpoint_digest": run.digest,
         "model": as_dict(run.config)["model"],
         "tokenizer": tokenizer,
     }

@@ -29,7 +29,7 @@ def restored(**changes):
         return jnp.asarray(rng.normal(center, 0.3, leaf.shape), jnp.float32)
 
     parameters = jax.tree_util.tree_map_with_path(value, abstract_parameters(config.model))
-    return Restored(config, parameters, 7, None)
+    return Restored(config, parameters, 7, None, "digest")  # type: ignore[arg-type]
 
 
 MHA = dict(model__layer_pattern=("mha",), model__width=18)  # heads wider than the model: 6 * 4

@@ -99,8 +99,9 @@ class Equivalence:
 
 @functools.cache
 def _parsed(answer: str) -> list[Any]:
-    from math_verify import parse  # pyright: ignore[reportMissingImports]
+    import math_verify  # pyright: ignore[reportMissingImports]
 
+    parse: Any = math_verify.parse  # its stubs do not know that None is no limit
     return parse(f"$\\boxed{{{answer}}}$", parsing_timeout=None)
 
 
