@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from iha_jax.comparison.arms import Comparison, load_comparison, longer_runs, longer_steps, planned_runs
-from iha_jax.comparison.launch import FAILED, Launcher, check_runs, evaluate_all, run_all
+from iha_jax.comparison.launch import FAILED, Launcher, check_evaluation, check_runs, evaluate_all, run_all
 from iha_jax.comparison.report import report
 from iha_jax.comparison.results import read_results
 from iha_jax.comparison.runs import Run
@@ -80,8 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         comparison = load_comparison(flags.config)
         runs = planned_runs(comparison, overrides)
         if not flags.report_only:
+            evaluation = shlex.split(flags.evaluate)
+            check_evaluation(evaluation)
             cache = [f"--compilation_cache={flags.compilation_cache}"] if flags.compilation_cache else []
-            if code := _run(comparison, flags.workdir, runs, cache, shlex.split(flags.evaluate)):
+            if code := _run(comparison, flags.workdir, runs, cache, evaluation):
                 sys.exit(code)
     except ValueError as error:
         refuse(error)

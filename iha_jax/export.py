@@ -31,7 +31,7 @@ _INDEX = "model.safetensors.index.json"
 def export(
     run: Any, output: str, *, dtype: str = "float32", layout: str = "auto", shard_bytes: int = SHARD_BYTES
 ) -> dict[str, Any]:
-    """Writes parameters of a run (`evaluation.command.Restored`) to a new folder, whole or not at all.
+    """Writes parameters of a run (`evaluation.run.Restored`) to a new folder, whole or not at all.
 
     Weights are fetched from the devices and written one file at a time: beside the parameters, the host holds at most
     `shard_bytes`. Returns what was written: "layout", "why_plain", "files", "bytes".

@@ -15,7 +15,7 @@ SCORES = {"mha": (0.1, 0.3, 0.5), "iha": (0.4, 0.5, 0.9)}
 
 def write_evaluation(workdir, run, score, *, step=4, settings=None, interval=(0.0, 1.0), command="eval.py"):
     path = evaluation_file(workdir / run.folder, step)
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     task = {"score": score, "unbounded": 7.0, "intervals": {"score": interval}, "settings": settings or {"limit": 5}}
     path.write_text(json.dumps({"step": step, "tasks": {"ruler": task | {"command": command}}}))
 
@@ -50,7 +50,7 @@ def test_what_is_not_comparable_is_said(tmp_path):
 
 def test_evaluations_are_asked_for_once(tmp_path, monkeypatch):
     comparison, workdir, runs = written(tmp_path, lambda *_: 3.0, seeds=2)
-    commands, flags = [], ["--tasks=loss", "--limit=3"]
+    commands, flags = [], ["--tasks=ruler", "--limit=3"]
 
     class Fake(Launcher):
         def __call__(self, command, environment):
@@ -65,6 +65,23 @@ def test_evaluations_are_asked_for_once(tmp_path, monkeypatch):
     assert commands == [["-m", "iha_jax.evaluation", f"--workdir={workdir / run.folder}", *flags] for run in runs]
     assert ends(compare.main, *command) == 0
     assert len(commands) == 4  # done already
+    # Half of it done, as after a kill: not done.
+    both = [f"--config={comparison.path}", f"--workdir={workdir}", "--evaluate=--tasks=ruler,gsm8k --limit=3"]
+    for run in runs:
+        path = evaluation_file(workdir / run.folder, 4)
+        content = json.loads(path.read_text())
+        content["tasks"]["ruler"]["command"] = f"eval.py --workdir={workdir / run.folder} --tasks=ruler,gsm8k --limit=3"
+        path.write_text(json.dumps(content))
+    assert ends(compare.main, *both) == 0
+    assert len(commands) == 8
+
+
+@pytest.mark.parametrize("flag", ["--out=x.json", "--step=3", "--workdir=other", "--limt=3"])
+def test_evaluations_of_many_runs_have_no_flags_of_one(tmp_path, flag, capsys):
+    comparison, workdir, _ = written(tmp_path, lambda *_: 3.0, seeds=1)
+    command = [f"--config={comparison.path}", f"--workdir={workdir}", f"--evaluate=--tasks=loss {flag}"]
+    assert ends(compare.main, *command) == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (-9, 137)])

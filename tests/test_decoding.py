@@ -117,7 +117,7 @@ def test_half_precision_stays_near():
 
 def drawable(probabilities, **settings):
     """Ids that can be drawn and their probabilities, by id."""
-    drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}))
+    drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}), 9)
     values, ids = candidates(np.log(np.asarray([probabilities], np.float32)), drawing)
     weights = np.exp(values[0]) / np.exp(values[0]).sum()
     return {int(i): round(float(w), 4) for i, w in zip(ids[0], weights, strict=True) if w > 0}
@@ -144,9 +144,13 @@ def test_draws_follow_their_distribution_and_keys():
         (dict(top_k=2), (0.625, 0.375, 0)),
         (dict(temperature=0.0), (1, 0, 0)),
     ):
-        drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}))
+        drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}), 9)
         tokens = draw(logits, keys(np.uint32(3), number, 0 * number, 0 * number), drawing)
         assert np.allclose(np.bincount(tokens, minlength=3) / 4000, expected, atol=0.03)
+    for settings in (dict(), dict(top_k=2), dict(top_p=0.9), dict(temperature=0.0)):  # a padded vocabulary
+        drawing = Drawing.of(Sampling(**{"temperature": 1.0, **settings}), 2)
+        padded = draw(logits[:99, ::-1], keys(np.uint32(3), number[:99], number[:99], number[:99]), drawing)
+        assert set(np.asarray(padded).tolist()) <= {0, 1}
     each = np.eye(5, 4, dtype=int)  # seed, prompt, sample, token: one of them 1, or none
     of = [jax.random.key_data(keys(np.uint32(s), *(np.asarray([x]) for x in rest))) for s, *rest in each]
     assert len({tuple(np.ravel(key)) for key in of}) == 5
@@ -155,7 +159,7 @@ def test_draws_follow_their_distribution_and_keys():
 @pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)])
 def test_settings_out_of_range_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field} = {value}"):
-        Drawing.of(Sampling(**{field: value}))
+        Drawing.of(Sampling(**{field: value}), 9)
 
 
 def grown(pieces, stop=(), limit=99, anchor=()):
@@ -228,13 +232,15 @@ def test_a_sample_depends_on_nothing_else_in_the_batch():
 def test_prompts_that_are_too_long():
     long = "x" * 60
     (cut,) = generator(batch_size=3).complete([long], Sampling(max_tokens=20))
-    assert (cut.prompt_tokens, cut.dropped_tokens) == (61, 61 - 33)
+    assert (cut.prompt_tokens, cut.dropped_tokens) == (61, 60 - 33)
     (half,) = generator(batch_size=3).complete([long], Sampling(max_tokens=500))  # ends with the context
-    assert (half.dropped_tokens, len(half.samples[0].tokens)) == (61 - 26, 27)
+    assert (half.dropped_tokens, len(half.samples[0].tokens)) == (60 - 26, 27)
     assert half.samples[0].ended == LENGTH
     refusing = generator(batch_size=3, too_long="refuse")
-    with pytest.raises(ValueError, match=r"prompt 1 has 61 tokens .* at most 33 fit before 20 new ones"):
+    with pytest.raises(ValueError, match=r"prompt 1 has 60 tokens; of a context of 53 at most 33 are .* where 20 new ones may follow"):
         refusing.complete(["short", long], Sampling(max_tokens=20))
+    (whole,) = refusing.complete(["x" * 33], Sampling(max_tokens=20))  # the separator alone is cut off
+    assert (whole.prompt_tokens, whole.dropped_tokens) == (34, 0)
 
 
 def test_what_cannot_be_decoded_is_refused():

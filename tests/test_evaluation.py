@@ -127,11 +127,13 @@ def test_results_are_written_whole_and_later_tasks_added(tmp_path):
 
 
 def test_the_table_has_a_line_a_metric():
-    result = TaskResult({"loss": 2.0, "bits": 3.0}, {"loss": (1.9, 2.1)}, {}, [{}] * 7)
+    counts = {"prompts_truncated": 2, "questions_left_out": 0}
+    result = TaskResult({"loss": 2.0, "bits": 3.0}, {"loss": (1.9, 2.1)}, {}, [{}] * 7, {"loss": 7}, counts)
     lines = table({"loss": result}).splitlines()
     assert [line.split() for line in lines[2:]] == [
         ["loss", "loss", "2.0000", "1.9000", "to", "2.1000", "7"],
-        ["loss", "bits", "3.0000", "7"],
+        ["loss", "bits", "3.0000"],
+        ["loss:", "prompts", "truncated:", "2"],
     ]
 
 

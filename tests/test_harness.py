@@ -114,7 +114,7 @@ def test_multiple_choice(folder):
     assert json.loads(json.dumps(found.records)) == list(found.records)
     assert found.records[0]["doc"] == CHOICES[0]
     # One of three context tokens is dropped (len // 3), in both requests of the last example.
-    assert (found.settings["cut_requests"], found.settings["dropped_tokens"]) == (2, 2)
+    assert found.counts == {"cut_requests": 2, "dropped_tokens": 2}
     assert found.settings["examples"] == {"tiny_choice": {"original": 3, "effective": 3}}
 
 
@@ -142,7 +142,7 @@ def test_generation(folder):
     found = run("tiny_generate", model, folder, seed=4)
     assert found.metrics == {"exact_match": 0.5}
     assert model.asked == [(["1+1=", "2+3="], Sampling(max_tokens=7, stop=("\n",), seed=4))]
-    assert found.settings["dropped_tokens"] == 6
+    assert found.counts["dropped_tokens"] == 6
     run("tiny_generate", model, folder, temperature=0.5, max_tokens=3, top_k=2)
     assert model.asked[-1][1] == Sampling(max_tokens=3, temperature=0.5, top_k=2, stop=("\n",))
 

@@ -103,6 +103,9 @@ def test_gsm8k_extraction(text, strict, flexible):
         ("The final answer is 12.", "12"),
         (r"\boxed{1} The final answer is $\boxed{2}$.", "2"),
         ("The final answer is $\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}$. I hope it is correct.", None),
+        ("Finding the final answer is easy.\nWe get \\boxed{7}.", "7"),  # the later of the two
+        ("The final answer is $5$.\n\nCheck: done. I hope it is correct.", "5"),
+        ("The final answer is 4.\nNo, the final answer is 6.", "6"),
         ("nothing", None),
         (r"\boxed{}", None),
     ],
@@ -190,7 +193,8 @@ def test_gsm8k_with_a_scripted_model_by_hand(tmp_path):
         "extracted_flexible": "3", "correct_flexible": True, "ended": "stop", "dropped_tokens": 0,
     }  # fmt: skip
     assert result.records[9]["dropped_tokens"] == 2
-    assert (result.settings["prompts_truncated"], result.settings["samples_cut_at_max_tokens"]) == (1, 5)
+    assert result.counts == {"prompts_truncated": 1, "samples_cut_at_max_tokens": 5}
+    assert set(result.examples.values()) == {result.settings["problems"]}
     assert model.sampling.stop == ("Q:",)
     assert (model.sampling.samples, model.sampling.temperature, model.sampling.seed) == (5, 0.6, 7)
     json.dumps([result.settings, *result.records])

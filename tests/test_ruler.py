@@ -290,7 +290,7 @@ def test_questions_that_do_not_fit_are_left_out_and_counted(tmp_path):
     (tmp_path / "squad.json").write_text(json.dumps(content))
     options = Options(data={"squad": str(tmp_path / "squad.json")}, lengths=(600,))
     result = load_task("ruler:qa_1")(Scripted(solve_one), options)
-    assert result.settings["questions_left_out"] == {"qa_1/600": 1}
+    assert result.counts["questions_left_out"] == {"qa_1/600": 1}
     assert [record["index"] for record in result.records] == [1, 2]
     assert result.metrics == {"qa_1/600": 1.0}
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from iha_jax.comparison.runs import Run
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
-from iha_jax.comparison.table import Row
+from iha_jax.comparison.table import Row, aligned
 from iha_jax.data.storage import read_json
 from iha_jax.training.run_directory import evaluation_file
 
@@ -133,7 +133,4 @@ def markdown(evaluations: Evaluations, labels: Sequence[str]) -> str:
 
 
 def terminal(evaluations: Evaluations, labels: Sequence[str]) -> str:
-    table = lines(evaluations, labels)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+    return aligned(lines(evaluations, labels))

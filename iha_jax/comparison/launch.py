@@ -15,6 +15,7 @@ from etils import epath
 from iha_jax.comparison.results import is_finished
 from iha_jax.comparison.runs import Run
 from iha_jax.data.storage import read_json
+from iha_jax.evaluation.command import parser as evaluation_flags
 from iha_jax.training.run_directory import check_run, evaluation_file
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -129,7 +130,7 @@ def evaluate_all(
         command = [f"--workdir={folder}", *flags]
         if launcher.interrupted:
             break
-        if not is_finished(folder) or command in _commands(folder, run.config().training.steps):
+        if not is_finished(folder) or _is_done(folder, run.config().training.steps, command):
             continue
         say(f"evaluating {run.folder}: {shlex.join(flags)}")
         code = launcher([sys.executable, "-m", "iha_jax.evaluation", *command], _environment(workdir))
@@ -139,8 +140,17 @@ def evaluate_all(
     return PREEMPTED if launcher.interrupted else 0
 
 
-def _commands(folder: epath.Path, step: int) -> list[list[str]]:
-    """The arguments of the evaluations of a step that have been done."""
+def _is_done(folder: epath.Path, step: int, command: list[str]) -> bool:
+    """Whether all tasks of an evaluation are there, each found by this very command."""
     path = evaluation_file(folder, step)
-    tasks = read_json(path)["tasks"] if path.exists() else {}
-    return [shlex.split(task["command"])[1:] for task in tasks.values()]
+    found = read_json(path)["tasks"] if path.exists() else {}
+    names = [name for name in evaluation_flags().parse_args(command).tasks.split(",") if name]
+    return all(name in found and shlex.split(found[name]["command"])[1:] == command for name in names)
+
+
+def check_evaluation(flags: Sequence[str]) -> None:
+    """Raises ValueError for flags of `eval.py` that make no sense for many runs; others that it does not know end the
+    process with exit code 2."""
+    asked = evaluation_flags().parse_args(["--workdir=RUN", *flags])
+    if asked.out or asked.step is not None or asked.workdir != "RUN":
+        raise ValueError("--evaluate: --workdir, --step and --out are each run's own: its last step, in its directory")

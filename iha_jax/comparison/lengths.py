@@ -14,9 +14,9 @@ from iha_jax.evaluation.retrieval import KEYS, metric_name
 
 TITLE = "Right answers by length of the text"
 NOTES = (
-    "Shares of values answered right, after the last step; trained: keys that training texts have, held_out: keys that "
-    "none has; ± is the half-width of a 95 % Student-t interval over n seeds, differences are paired by seed. Lengths "
-    "above the training context were never trained."
+    "Shares of values answered right, after the last step; trained: keys that training texts ask for, held_out: keys "
+    "that they have and never ask for; ± is the half-width of a 95 % Student-t interval over n seeds, differences are "
+    "paired by seed. Lengths above the training context were never trained."
 )
 _NAME = re.compile(metric_name(f"({'|'.join(KEYS)})", 0).replace("_0", r"_(\d+)"))
 

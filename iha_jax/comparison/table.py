@@ -159,6 +159,13 @@ def terminal_table(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell, a rule below the first line."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     columns = [COLUMNS, *(cells(row) for row in rows)]
     lines = ["| " + " | ".join(texts) + " |" for texts in zip(*columns, strict=True)]

@@ -81,7 +81,7 @@ def _messages(record: Any) -> list[dict[str, str]]:
     if not isinstance(turns, list):
         raise ValueError(f"expected a list 'messages', or 'conversations'; its keys: {', '.join(record) or 'none'}")
     messages = []
-    if name == "conversations" and record.get(SYSTEM):
+    if record.get(SYSTEM):
         messages.append({"role": SYSTEM, "content": record[SYSTEM]})
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:

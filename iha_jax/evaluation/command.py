@@ -1,6 +1,7 @@
 """The command line of evaluation: restores a run, and prints and writes what its tasks find."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -8,15 +9,18 @@ from typing import TYPE_CHECKING, NoReturn
 from iha_jax.parallel.start import add_process_flags, common_flags, start_processes
 from iha_jax.training.command import CACHE_HELP, refuse
 
+DEFAULT_TASKS = "loss,sample"
+
 if TYPE_CHECKING:  # importing jax takes seconds, --help should not
     from iha_jax.evaluation.tasks import Options, TaskResult
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parser = argparse.ArgumentParser(prog="eval.py", description="Evaluate a checkpoint of a training run.")
     parser.add_argument("--workdir", required=True, help="the run directory")
     parser.add_argument("--step", type=int, help="which checkpoint; default: the last")
-    parser.add_argument("--tasks", default="loss,sample", help="comma-separated; a wrong name lists them all")
+    parser.add_argument("--tasks", default=DEFAULT_TASKS, help="comma-separated; a wrong name lists them all")
     parser.add_argument("--out", help="write the results to this JSON file; default: WORKDIR/evaluations/step_N.json")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts generated or scored at once")
     parser.add_argument("--too_long", choices=("truncate", "refuse"), default="truncate", help="prompts, on the left")
@@ -45,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _options(flags: argparse.Namespace) -> "Options":
     """Raises ValueError, naming all flags whose values cannot be used."""
-    from iha_jax.evaluation.tasks import Options
+    from iha_jax.evaluation.tasks import DATA, Options
 
     lowest = dict(batch_size=1, limit=1, shots=0, eval_rows=0, samples=1, max_tokens=1, top_k=0, temperature=0)
     problems = [
@@ -59,6 +63,8 @@ def _options(flags: argparse.Namespace) -> "Options":
     problems += [
         f"--data={''.join(p)}: expected NAME=PATH, such as gsm8k=test.jsonl" for p in pairs if not p[0] or not p[2]
     ]
+    unknown = [name for name, _, _ in pairs if name and name not in DATA]
+    problems += [f"--data={name}=...: expected one of {', '.join(DATA)}" for name in unknown]
     lengths = [part for part in flags.lengths.split(",") if part]
     if not all(part.isdigit() and int(part) for part in lengths):
         problems.append(f"--lengths={flags.lengths}: expected numbers of tokens, such as 1024,2048")
@@ -97,7 +103,7 @@ def _check(flags: argparse.Namespace) -> "tuple[list[str], Options]":
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Exit codes: 0 done, 2 refused input, else a failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    flags = _parser().parse_args(arguments)
+    flags = parser().parse_args(arguments)
 
     from etils import epath
 
@@ -121,11 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if is_first():  # after each task: a later one may fail
                 write_results(path, run, results, arguments, add=not flags.out)
     except ValueError as error:
+        _tell_others(error)
         refuse(error)
     if is_first():
         _print_samples(results)
         print(f"step {run.step}, {path}\n{table(results)}")
     sys.exit(0)
+
+
+def _tell_others(error: ValueError) -> None:
+    """What one process alone refuses, the others learn where they would next agree on something."""
+    from iha_jax.parallel.processes import Disagreement, agree
+
+    def refused() -> NoReturn:
+        raise error
+
+    if not isinstance(error, Disagreement):
+        with contextlib.suppress(ValueError):
+            agree(refused)
 
 
 def _print_samples(results: "Mapping[str, TaskResult]") -> None:

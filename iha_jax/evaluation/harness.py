@@ -38,7 +38,7 @@ def lm_eval_task(name: str, model: TextModel, options: Options) -> TaskResult:
 
     adapter = HarnessModel(model, adjust=adjust, chat=options.chat)
     found = _evaluate(name, adapter, options)
-    metrics, intervals = {}, {}
+    metrics, intervals, examples = {}, {}, {}
     several = len(found["results"]) > 1
     for task, results in found["results"].items():
         samples = found["samples"].get(task, [])
@@ -46,6 +46,7 @@ def lm_eval_task(name: str, model: TextModel, options: Options) -> TaskResult:
             label = (f"{task}/" if several else "") + metric + ("" if filter_name == "none" else f",{filter_name}")
             error = results.get(f"{metric}_stderr,{filter_name}")
             metrics[label] = float(results[key])
+            examples[label] = len({sample["doc_id"] for sample in samples})
             intervals[label] = _interval(metrics[label], error, _values(samples, metric, filter_name))
     settings = {
         "task": name,
@@ -56,11 +57,10 @@ def lm_eval_task(name: str, model: TextModel, options: Options) -> TaskResult:
         "limit": options.limit,
         "seed": options.seed,
         "chat": options.chat,
-        "cut_requests": adapter.cut_requests,
-        "dropped_tokens": adapter.dropped_tokens,
     }
+    counts = {"cut_requests": adapter.cut_requests, "dropped_tokens": adapter.dropped_tokens}
     records = [record for task, samples in found["samples"].items() for record in _records(task, samples)]
-    return TaskResult(metrics, intervals, _plain(settings), records)
+    return TaskResult(metrics, intervals, _plain(settings), records, examples, counts)
 
 
 def _check(options: Options) -> None:

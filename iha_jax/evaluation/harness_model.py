@@ -94,6 +94,7 @@ def sampling(arguments: Mapping[str, Any], *, chat: bool = False) -> Sampling:
     Raises:
       ValueError: for an argument that is not understood, or a value of the wrong kind.
     """
+    arguments = {name: value for name, value in arguments.items() if (name, value) != ("num_beams", 1)}  # no search
     unknown = [name for name in arguments if name not in _UNDERSTOOD]
     if unknown:
         raise ValueError(f"generation_kwargs: {', '.join(unknown)} not understood; expected {', '.join(_UNDERSTOOD)}")

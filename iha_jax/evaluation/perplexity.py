@@ -17,7 +17,8 @@ from iha_jax.parallel.mesh import local_rows, place_batch
 @dataclass(frozen=True)
 class RowSums:
     """Sums over the counted tokens of each row (`nll` in nats, `tokens`, `text_bytes`: float64 [R]) and of each reach
-    (float64 [K]), as `training.step.make_eval_step` defines them. Rows without a counted token are left out."""
+    (float64 [K]), as `training.step.make_eval_step` defines them. `rows`: their numbers in the split; those without a
+    counted token are left out."""
 
     rows: np.ndarray
     nll: np.ndarray
@@ -55,6 +56,7 @@ def evaluate(
     """
     lengths, here = np.asarray(byte_lengths, np.int32), local_rows(mesh, batch_size)
     found = []
+    count = len(rows) if num_rows is None else min(num_rows, len(rows))
     for batch in validation_batches(rows, batch_size=batch_size, num_rows=num_rows, local_rows=here):
         found.append(jax.device_get(eval_step(parameters, place_batch(batch, mesh, batch_size), lengths)))
 
@@ -69,4 +71,4 @@ def evaluate(
     if not counted.size or not text_bytes.any():
         raise ValueError("the validation rows hold no token to predict; choose another split or more eval_rows")
     sums = nll[counted], tokens[counted], text_bytes[counted]
-    return RowSums(counted, *sums, of_reaches("reach_nll"), of_reaches("reach_tokens"))
+    return RowSums(counted * len(rows) // count, *sums, of_reaches("reach_nll"), of_reaches("reach_tokens"))

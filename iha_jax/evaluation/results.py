@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from iha_jax.comparison.table import aligned
 from iha_jax.data.storage import read_json, write_text
 from iha_jax.evaluation.run import Restored
 from iha_jax.evaluation.tasks import TaskResult
@@ -26,8 +27,8 @@ def write_results(
     """Writes the samples of each task beside `path`, and then `path`:
 
         {"step": N, "checkpoint_digest": ..., "tasks": {task: {metric: value, ...,
-         "intervals": {metric: [low, high]}, "samples": n, "settings": {...}, "records": file name,
-         "command": ..., "date": ..., "code": ..., "device": ...}, ...}}
+         "intervals": {metric: [low, high]}, "examples": {metric: n}, "samples": n, "settings": {...},
+         "counts": {...}, "records": file name, "command": ..., "date": ..., "code": ..., "device": ...}, ...}}
 
     Numbers that are not finite are null. `add` keeps the other tasks of a file written for the same parameters.
     """
@@ -46,8 +47,10 @@ def write_results(
         tasks[name] = {
             **result.metrics,
             "intervals": result.intervals,
+            "examples": result.examples,
             "samples": len(result.records),
             "settings": result.settings,
+            "counts": result.counts,
             "records": records.name,
             **told,
         }
@@ -72,13 +75,17 @@ def _finite(value: Any) -> Any:
 
 
 def table(results: Mapping[str, TaskResult]) -> str:
-    """A line a metric: task, metric, value, 95 % interval, number of samples."""
-    lines = [("task", "metric", "value", "95 % interval", "samples")]
+    """A line a metric: task, metric, value, 95 % interval, examples; below it what happened on the way."""
+    lines = [("task", "metric", "value", "95 % interval", "examples")]
     for name, result in results.items():
         for metric, value in result.metrics.items():
             low, high = result.intervals.get(metric, (math.nan, math.nan))
             interval = "" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
-            lines.append((name, metric, f"{value:.4f}", interval, str(len(result.records))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+            lines.append((name, metric, f"{value:.4f}", interval, str(result.examples.get(metric, ""))))
+    counts = [
+        f"{task}: {name.replace('_', ' ')}: {found}"
+        for task, result in results.items()
+        for name, found in result.counts.items()
+        if found
+    ]
+    return "\n".join([aligned(lines), *counts])

@@ -1,6 +1,8 @@
 """A trained model of a run directory, as tasks see it."""
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,13 +89,25 @@ class RunModel:
         return Scorer(model, self.run.parameters, document_id, self.run.mesh, batch_size=batch_size)
 
     def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[Completion]:
+        _same_everywhere({"prompts": list(prompts), "sampling": vars(sampling)})
         return self._generator.complete(prompts, sampling)
 
     def score(self, requests: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Score]:
         for number, (context, continuation) in enumerate(requests):
-            if self._options["too_long"] == "refuse" and len(context) + len(continuation) > self.context_length:
+            # The last token is predicted, not seen.
+            if self._options["too_long"] == "refuse" and len(context) + len(continuation) > self.context_length + 1:
                 raise ValueError(
-                    f"request {number} has {len(context)} + {len(continuation)} tokens; the context holds "
-                    f"{self.context_length}"
+                    f"request {number} has {len(context)} + {len(continuation)} tokens, of which the model would see "
+                    f"the last {self.context_length + 1}"
                 )
+        _same_everywhere({"requests": [[x.tolist() for x in map(np.asarray, request)] for request in requests]})
         return self._scorer.score(requests)
+
+
+def _same_everywhere(asked: dict[str, Any]) -> None:
+    """Raises Disagreement where processes ask for something else, or one has refused: else they would wait for it."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+    agree(lambda: None, lambda _: {name: digest(value) for name, value in asked.items()})

@@ -9,6 +9,7 @@ from typing import Any
 from iha_jax.comparison.statistics import estimate
 from iha_jax.evaluation.text_model import Sampling, TextModel
 
+DATA = ("gsm8k", "math500", "mbpp", "essays", "squad", "hotpotqa", "lm_eval")  # what `Options.data` can name
 # Task: where its function `(model: TextModel, options: Options) -> TaskResult` is, imported when asked for.
 TASKS: dict[str, str] = {
     "loss": "iha_jax.evaluation.validation_loss:loss_task",
@@ -30,7 +31,7 @@ PREFIXES: dict[str, str] = {
 class Options:
     """What the command line says to all tasks; None leaves a value to the task."""
 
-    data: Mapping[str, str] = field(default_factory=dict)  # task, or file it needs: where it is
+    data: Mapping[str, str] = field(default_factory=dict)  # one of `DATA`: where it is
     limit: int | None = None  # the first examples alone
     shots: int | None = None  # solved examples in the prompt
     samples: int | None = None  # of each prompt
@@ -54,12 +55,19 @@ class Options:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Metrics by name, their 95 % intervals by the same names, what they depend on, and one JSON object a sample."""
+    """What a task found.
+
+    `metrics` by name, their 95 % `intervals` and how many independent `examples` each is over by the same names;
+    `settings`: what was asked, the same for all that is to be compared; `records`: one JSON object a sample; `counts`:
+    what happened on the way, such as prompts that were cut.
+    """
 
     metrics: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     settings: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
+    examples: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_task(name: str) -> Callable[[TextModel, Options], TaskResult]:

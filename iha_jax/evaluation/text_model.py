@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation. `ended`: by a stop string, by the document separator, or by `max_tokens`."""
+    """One continuation. `ended`: by a stop string, by the document separator, or by `max_tokens` or the context."""
 
     text: str
     tokens: tuple[int, ...]
@@ -38,7 +38,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """The samples of one prompt, and how many of its tokens the model did not see (cut off on the left)."""
+    """The samples of one prompt, and how many of its tokens the model did not see: cut off on the left, after the
+    document separator, which is cut off first and counts in `prompt_tokens` alone."""
 
     prompt_tokens: int
     dropped_tokens: int

@@ -50,7 +50,7 @@ def loss_task(model: RunModel, options: Options) -> TaskResult:
     columns = zip(sums.rows, sums.nll, sums.tokens, sums.text_bytes, strict=True)
     records = [{"row": int(r), "nll": float(x), "tokens": int(n), "bytes": int(b)} for r, x, n, b in columns]
     settings = {"rows": len(records), "tokens": int(sums.tokens.sum()), "rows_digest": rows.digest}
-    return TaskResult(metrics, intervals, settings, records)
+    return TaskResult(metrics, intervals, settings, records, dict.fromkeys(metrics, len(records)))
 
 
 def ratio_interval(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:

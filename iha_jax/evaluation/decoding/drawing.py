@@ -20,9 +20,10 @@ class Drawing:
     temperature: float
     top_k: int
     top_p: float
+    vocab_size: int  # the tokenizer's: ids that a model has beyond it stand for nothing
 
     @classmethod
-    def of(cls, sampling: Sampling) -> "Drawing":
+    def of(cls, sampling: Sampling, vocab_size: int) -> "Drawing":
         """Raises ValueError, naming the field, for values outside their range."""
         if not sampling.temperature >= 0:
             raise ValueError(f"temperature = {sampling.temperature}: expected 0 (the likeliest token) or more")
@@ -30,7 +31,7 @@ class Drawing:
             raise ValueError(f"top_k = {sampling.top_k}: expected 0 (all tokens) or more")
         if not 0 < sampling.top_p <= 1:
             raise ValueError(f"top_p = {sampling.top_p}: expected a number above 0, at most 1 (all tokens)")
-        return cls(float(sampling.temperature), sampling.top_k, float(sampling.top_p))
+        return cls(float(sampling.temperature), sampling.top_k, float(sampling.top_p), vocab_size)
 
 
 def keys(
@@ -63,6 +64,7 @@ def candidates(logits_BV: Float[Array, "B V"], drawing: Drawing) -> tuple[Float[
 
 def draw(logits_BV: Float[Array, "B V"], keys_B: Array, drawing: Drawing) -> Int[Array, "B"]:
     """The next token of each row; with temperature 0 the likeliest (of equals, the lower id)."""
+    logits_BV = logits_BV[:, : drawing.vocab_size]
     if drawing.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1)
     if drawing.top_k == 0 and drawing.top_p == 1:  # no need to sort

@@ -118,7 +118,7 @@ class Generator:
         Raises:
           ValueError: for a value of `sampling` out of range, or, where prompts are refused, one that is too long.
         """
-        drawing = Drawing.of(sampling)
+        drawing = Drawing.of(sampling, self.tokenizer.vocab_size)
         for name in ("max_tokens", "samples"):
             if getattr(sampling, name) < 1:
                 raise ValueError(f"{name} = {getattr(sampling, name)}: expected at least 1")
@@ -137,18 +137,18 @@ class Generator:
                 numbers = order[start : start + together]
                 self._run({number: kept[number] for number in numbers}, rows, together, sampling, drawing)
         return [
-            Completion(len(whole[number]), len(whole[number]) - len(kept[number]), tuple(map(_finished, rows[number])))
-            for number in range(len(prompts))
+            Completion(len(ids), max(0, len(ids) - len(kept[number]) - 1), tuple(map(_finished, rows[number])))
+            for number, ids in enumerate(whole)
         ]
 
     def _cut(self, number: int, ids: np.ndarray, max_tokens: int) -> np.ndarray:
         if ids.max() >= self.config.vocab_size or ids.min() < 0:
             raise ValueError(f"prompt {number} has token {ids.max()}; expected ids below {self.config.vocab_size}")
         room = max(self.context_length - max_tokens, self.context_length // 2, 1)
-        if len(ids) > room and self.too_long == "refuse":
+        if len(ids) - 1 > room and self.too_long == "refuse":
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens (its document separator counted); at most {room} fit before "
-                f"{max_tokens} new ones into the context of {self.context_length}"
+                f"prompt {number} has {len(ids) - 1} tokens; of a context of {self.context_length} at most {room} "
+                f"are the prompt's where {max_tokens} new ones may follow"
             )
         return ids[-room:]
 

@@ -17,9 +17,10 @@ from iha_jax.evaluation.reasoning.sampling import (
     sampling_of,
     shot_count,
 )
-from iha_jax.evaluation.sandbox import Limits, run_programs
+from iha_jax.evaluation.sandbox import Limits, Verdict, run_programs
 from iha_jax.evaluation.tasks import Options, TaskResult
 from iha_jax.evaluation.text_model import Completion, Sampling, TextModel
+from iha_jax.parallel.processes import is_first
 
 HUMANEVAL_STOP = (
     "\nclass",
@@ -50,7 +51,10 @@ def mbpp_problem(row: Row) -> Problem:
     tests = row["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError("field 'test_list' is not a list of tests")
-    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    imports = row.get("test_imports") or []
+    if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+        raise ValueError("field 'test_imports' is not a list of texts")
+    setup = row.get("test_setup_code") or "\n".join(imports)
     return Problem(str(row["task_id"]), str(row.get("text") or row.get("prompt")), tuple(tests), str(setup))
 
 
@@ -155,10 +159,12 @@ def _judge(
     sampling: Sampling,
     settings: dict[str, Any],
 ) -> TaskResult:
-    """Runs `programs[problem][sample]`, pairs of code and program; the same program once."""
+    """Runs `programs[problem][sample]`, pairs of code and program; the same program once, and in process 0 alone, which
+    writes the result."""
     limits = Limits()
     unique = list(dict.fromkeys(program for row in programs for _, program in row))
-    verdicts = dict(zip(unique, run_programs(unique, limits), strict=True))
+    elsewhere = [Verdict("judged by process 0", "", 0.0)] * len(unique)
+    verdicts = dict(zip(unique, run_programs(unique, limits) if is_first() else elsewhere, strict=True))
     judged = [
         [
             {

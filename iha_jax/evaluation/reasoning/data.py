@@ -79,8 +79,8 @@ def _read_jsonl(task: str, place: str) -> list[Located]:
     path = epath.Path(place).expanduser()
     if not path.exists():
         raise ValueError(f"task {task}: no file {place}")
-    raw = path.read_bytes()
     try:
+        raw = path.read_bytes()
         text = (gzip.decompress(raw) if place.endswith(".gz") else raw).decode()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"task {task}: {place} cannot be read as UTF-8 lines: {error}") from error

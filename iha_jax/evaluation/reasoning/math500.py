@@ -19,32 +19,42 @@ from iha_jax.evaluation.reasoning.sampling import (
 from iha_jax.evaluation.tasks import Options, TaskResult
 from iha_jax.evaluation.text_model import TextModel
 
-_FINAL = re.compile(r"[Ff]inal [Aa]nswer is:?\s*((?s:.)+?)\.?\s*I hope it is correct|[Ff]inal [Aa]nswer is:?\s*(.+)")
+_SAID = r"[Ff]inal [Aa]nswer is:?\s*"
+_PARAGRAPH = r"((?:(?!\n\s*\n)[\s\S])+?)"
+_FINAL = re.compile(rf"{_SAID}{_PARAGRAPH}\.?\s*I hope it is correct|{_SAID}(.+)")
 
 
 def last_boxed(text: str) -> str | None:
     """What the last closed \\boxed{...} or \\fbox{...} holds, or the word after a \\boxed without braces."""
-    found = None
+    return _last_boxed(text)[1]
+
+
+def _last_boxed(text: str) -> tuple[int, str | None]:
+    """Where the last box with anything in it begins (-1: there is none), and what it holds."""
+    place, found = -1, None
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(\{)?", text):
         if match.group(1) is None:
             bare = re.match(r"[^\s$.,}]+", text[match.end() :])
-            found = bare.group(0) if bare else found
+            place, found = (match.start(), bare.group(0)) if bare else (place, found)
             continue
         depth = 1
         for token in re.finditer(r"\\.|[{}]", text[match.end() :], re.DOTALL):  # an escaped brace closes nothing
             depth += {"{": 1, "}": -1}.get(token.group(0), 0)
             if depth == 0:
-                found = text[match.end() :][: token.start()].strip() or found
+                inside = text[match.end() :][: token.start()].strip()
+                place, found = (match.start(), inside) if inside else (place, found)
                 break
-    return found
+    return place, found
 
 
 def math_answer(text: str) -> str | None:
-    """The LaTeX of "The final answer is ...", else of the last box; without dollar signs."""
-    if found := _FINAL.search(text):
-        said = (found.group(1) or found.group(2)).strip().removesuffix(".")
-        return last_boxed(said) or said.strip().strip("$").strip() or None
-    return last_boxed(text)
+    """The LaTeX of the last line "The final answer is ...", or of a box that stands behind it; without dollar signs."""
+    place, boxed = _last_boxed(text)
+    said = [found for found in _FINAL.finditer(text) if found.start() > place]
+    if not said:
+        return boxed
+    answer = (said[-1].group(1) or said[-1].group(2)).strip().removesuffix(".")
+    return answer.strip().strip("$").strip() or boxed
 
 
 @dataclass(frozen=True)
@@ -113,10 +123,6 @@ def run_math500(model: TextModel, options: Options) -> TaskResult:
     values = pass_metrics(correct) | vote_metrics(votes, [0] * len(problems))
     names = [problem.name or number for number, problem in enumerate(problems)]
     records = records_of(names, completions, sampling.seed, judged)
-    settings = {
-        "data": options.data["math500"],
-        "shots": shots,
-        "chat": options.chat,
-        "comparisons_given_up": equivalence.given_up,
-    }
-    return result_of(summarize(values), settings, sampling, completions, records)
+    settings = {"data": options.data["math500"], "shots": shots, "chat": options.chat}
+    given_up = equivalence.given_up
+    return result_of(summarize(values), settings, sampling, completions, records, comparisons_given_up=given_up)

@@ -86,13 +86,13 @@ def result_of(
     sampling: Sampling,
     completions: Sequence[Completion],
     records: list[dict[str, Any]],
+    **counts: int,
 ) -> TaskResult:
     """With what every task says of its run: sampling, problems, prompts cut, samples that never stopped."""
-    settings = {
-        **settings,
-        "problems": len(completions),
-        "sampling": {**vars(sampling), "stop": list(sampling.stop)},
+    sampled = {"problems": len(completions), "sampling": {**vars(sampling), "stop": list(sampling.stop)}}
+    counts |= {
         "prompts_truncated": sum(one.dropped_tokens > 0 for one in completions),
         "samples_cut_at_max_tokens": sum(sample.ended == "length" for one in completions for sample in one.samples),
     }
-    return TaskResult(*metrics, settings, records)
+    examples = dict.fromkeys(metrics[0], len(completions))
+    return TaskResult(*metrics, {**settings, **sampled}, records, examples, counts)

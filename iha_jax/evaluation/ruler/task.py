@@ -172,15 +172,18 @@ def _evaluate(names: Sequence[str], model: TextModel, options: Options, skipped:
             except DoesNotFitError as error:
                 skipped[metric] = str(error)
                 continue
-            if isinstance(SUBTASKS[name], Documents):
-                results.questions_left_out[metric] = drawn[-1].index + 1 - len(drawn)
+            if isinstance(task := SUBTASKS[name], Documents):
+                limit = SAMPLES if options.limit is None else options.limit
+                seen = drawn[-1].index + 1 if len(drawn) == limit else len(material.questions[task.dataset].questions)
+                results.questions_left_out[metric] = seen - len(drawn)
             results.add(metric, _answer(metric, drawn, model, samplings[name], SUBTASKS[name].wording.any_answer))
         results.add_average(length)
     if not results.metrics:
         raise ValueError("no RULER task can run: " + "; ".join(f"{name} {why}" for name, why in skipped.items()))
+    truncated = sum(record["dropped_tokens"] > 0 for record in results.records)
     settings = {
         "lengths": lengths,
-        "samples": results.samples,
+        "samples": SAMPLES if options.limit is None else options.limit,
         "published_samples": PUBLISHED_SAMPLES,
         "seed": options.seed,
         "chat": options.chat,
@@ -188,10 +191,10 @@ def _evaluate(names: Sequence[str], model: TextModel, options: Options, skipped:
         "material": dict(material.facts),
         "variants": variants,
         "skipped": skipped,
-        "questions_left_out": results.questions_left_out,
         "tokenizer": {"spec": model.tokenizer.spec, "digest": model.tokenizer.digest},
     }
-    return TaskResult(results.metrics, results.intervals, settings, results.records)
+    counts = {"questions_left_out": results.questions_left_out, "prompts_truncated": truncated}
+    return TaskResult(results.metrics, results.intervals, settings, results.records, results.samples, counts)
 
 
 def _lengths(context: int, asked: Sequence[int]) -> list[int]:
