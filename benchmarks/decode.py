@@ -11,6 +11,7 @@ Bars: the hybrid's cache at most 0.35 of global MHA's at 8192 tokens, its tokens
 import argparse
 import csv
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.flags import integers
+from benchmarks.report import environment, file_stem
 from benchmarks.timing import Spread, interleaved, paired_ratio, seconds_of
 from configs import base
 from iha_jax.accounting import cache_bytes
@@ -128,15 +130,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="tokens a row and call")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repetitions", type=int, default=11, help="rounds of A B C")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode.csv")
+    parser.add_argument("--out_dir", type=Path, default=Path(__file__).parent / "results")
     flags = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}, {flags.dtype}")
-    rows = [row for context in flags.contexts for row in measure(context, flags)]
-    with flags.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    found = environment(math.nan)  # no matmul is the yardstick here: a step reads weights and caches
+    facts = {name: found[name] for name in ("date", "device", "jax")} | {"dtype": flags.dtype}
+    print(", ".join(facts.values()))
+    rows = [facts | row for context in flags.contexts for row in measure(context, flags)]
+    path = flags.out_dir / f"{file_stem('decode', facts)}.csv"
+    with path.open("w", newline="") as file:
+        writer: Any = csv.DictWriter(file, [*facts, *COLUMNS])
         writer.writeheader()
         writer.writerows(rows)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -237,7 +237,9 @@ def test_prompts_that_are_too_long():
     assert (half.dropped_tokens, len(half.samples[0].tokens)) == (60 - 26, 27)
     assert half.samples[0].ended == LENGTH
     refusing = generator(batch_size=3, too_long="refuse")
-    with pytest.raises(ValueError, match=r"prompt 1 has 60 tokens; of a context of 53 at most 33 are .* where 20 new ones may follow"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has 60 tokens; of a context of 53 at most 33 are .* where 20 new ones may follow"
+    ):
         refusing.complete(["short", long], Sampling(max_tokens=20))
     (whole,) = refusing.complete(["x" * 33], Sampling(max_tokens=20))  # the separator alone is cut off
     assert (whole.prompt_tokens, whole.dropped_tokens) == (34, 0)
