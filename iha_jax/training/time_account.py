@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import jax
 from etils import epath
 
 from iha_jax.data.storage import is_local, write_text
 from iha_jax.parallel.processes import is_first
+from iha_jax.training.spikes import LossSpike
 
 FILE = "wall_time.json"
 START = "start"  # imports, data, devices
@@ -56,7 +58,9 @@ class TimeAccount:
             self._writer.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind and not issubclass(kind, LossSpike) and jax.process_count() > 1:
+            return  # this process ends, but tells the others first: the seconds of that count too
         self._stop.set()
         if self._writer.is_alive():
             self._writer.join()
