@@ -9,8 +9,8 @@ What a text looks like is in the docstring of iha_jax/data/retrieval.py. One arm
     python train.py --config=configs/retrieval.py:iha --workdir=runs/retrieval_iha
 
 Two layers: a first that can tell a value which key stands before it, and a global one that can look it up. The first is
-global (`mha`), sees 16 tokens (`global_local`: 1/16 of the context, as the paper's 512 of 8 192), or is IHA with the
-window that matches MHA's visible pairs (`iha`: 256 // (2 * 4**2) = 8 tokens).
+global (`mha`), sees 16 tokens (`global_local`: 1/16 of the context, as the paper's 512 of 8 192), or is IHA with P = 2
+and a window of 4 tokens, an eighth of what would match MHA's visible pairs (`iha`).
 """
 
 from ml_collections import ConfigDict
@@ -28,23 +28,26 @@ def get_config(arm: str = "iha") -> ConfigDict:
     model.context_length = 256
     model.width = 64
     model.num_layers = 2
+    model.num_heads = 2
     model.head_width = 32
     model.mlp_width = 128
     model.window = 16
+    model.iha.pseudo_heads = 2
+    model.iha.window = 4
     model.qk_norm = True
 
     config.data.sources = ("retrieval",)
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
 
     training = config.training
-    training.steps = 1200
-    training.batch_size = 32
+    training.steps = 800
+    training.batch_size = 16
     training.log_every = 50
     training.eval_every = 400
     training.eval_rows = 64  # texts of each length and kind of keys, four answers each
     training.eval_batch_size = 16
-    training.checkpoint_every = 600
+    training.checkpoint_every = 400
     return config
 
 

@@ -5,9 +5,9 @@ and as haystack noise of a third one. A needle whose key stood there before is a
 value alone counts in the loss. The other needles are distractors: as in RULER's multi-key tasks their keys all differ.
 A guess is right once in 32, a guess among the values of a text of 16 needles once in 16.
 
-Training rows of N tokens hold 1, 4 or 8 texts of about N to N/8 tokens with 2 to 16 needles, as many queries as there
-is room for, and no noise or some. Queries stand behind all needles in some texts and among them in most: the nearest
-are easy, and learned first. One in eight keys is held out: training texts have it as a distractor and never ask for it.
+Training rows of N tokens hold one text of N tokens or 8 short ones, each of 2 to 16 needles and then as many queries as
+there is room for, without noise: short texts of few needles are learned first. One in eight keys is held out: training
+texts have it as a distractor and never ask for it.
 Evaluation asks for `QUERIES` of 16 keys behind all needles, trained ones or held-out ones, in texts of N/4 to 4 N
 tokens, filled up with noise. The validation split is such texts of N tokens, with held-out keys. The spec of the source
 is "retrieval", or "retrieval:SEED" for other texts.
@@ -20,17 +20,15 @@ import numpy as np
 from iha_jax.data.tokenizers import Bytes, Tokenizer
 
 PREFIX = "retrieval"
-VERSION = 2  # of the texts: a change of anything below makes others
+VERSION = 3  # of the texts: a change of anything below makes others
 SPLITS = ("train", "validation", "trained", "held_out")  # the last two: of evaluation, by whose keys are asked for
-KEYS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+KEYS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyzABCDEF", np.uint8)
 VALUES = np.arange(33, 65)  # digits and punctuation
 NOISE = np.frombuffer(b"[\\]^_`{|}~", np.uint8)
 IS_HELD_OUT = np.arange(KEYS.size) % 8 == 5
 ITEM = 2  # tokens of a needle or query
 NEEDLES, QUERIES = 16, 4  # of a text in evaluation; NEEDLES: in training at most
-TEXTS = (1, 4, 8, 8)  # of a training row
-AMONG = 0.6  # share of the training texts whose queries stand among the needles
-NOISY, MOST_NOISE = 0.5, 0.9  # share of the training texts that have noise, and how much of one it can be
+TEXTS = (1, 8, 8, 8)  # of a training row
 SHORTEST = 1 + ITEM * (NEEDLES + QUERIES)  # tokens of a text in evaluation
 _SEPARATOR = Bytes.document_id
 _ROWS = {"train": 1 << 24}
@@ -102,22 +100,14 @@ Items = tuple[np.ndarray, np.ndarray, np.ndarray]  # key and value of each needl
 
 
 def _training_items(rng: np.random.Generator, most: int, split: str) -> Items:
-    """2 to `NEEDLES` needles, the first of a trained key, and queries for trained keys up to `most` items or fewer."""
-    if rng.random() < NOISY:
-        most = max(3, int(most * (1 - MOST_NOISE * rng.random())))
+    """2 to `NEEDLES` needles, then queries for trained keys among them up to `most` items."""
     needles = int(rng.integers(2, min(NEEDLES, max(2, most * 2 // 3)) + 1))
-    queries = np.arange(most) >= needles
-    if rng.random() < AMONG:
-        queries[1:] = rng.permutation(queries[1:])
     keys = rng.permutation(KEYS.size)[:needles]
     trained = np.flatnonzero(~IS_HELD_OUT[keys])
     if trained.size == 0:
         keys[0], trained = rng.choice(np.flatnonzero(~IS_HELD_OUT)), np.zeros(1, int)
-    keys[[0, trained[0]]], trained[0] = keys[[trained[0], 0]], 0
-    before = np.cumsum(~queries)  # needles so far
-    asked = trained[rng.integers(0, np.searchsorted(trained, before))]
-    chosen = np.where(queries, asked, before - 1)
-    return keys[chosen], rng.integers(0, VALUES.size, needles)[chosen], queries
+    chosen = np.concatenate([np.arange(needles), rng.choice(trained, most - needles)])
+    return keys[chosen], rng.integers(0, VALUES.size, needles)[chosen], np.arange(most) >= needles
 
 
 def _evaluation_items(rng: np.random.Generator, most: int, split: str) -> Items:
