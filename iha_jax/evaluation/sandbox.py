@@ -88,7 +88,7 @@ def run(source, write=os.write, leave=os._exit, flush=sys.stdout.flush, report=j
     exec(code, program.__dict__)
     try:
         flush()
-    except Exception:
+    except Exception:  # it may have closed its own output, and has passed all the same
         pass
     write(report, token)
     leave(0)
