@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     optimizer.epsilon = 1e-8
     optimizer.weight_decay = 0.1  # not on norms, biases and head-mixing weights
     optimizer.clip_norm = 1.0
-    optimizer.mixing_multiplier = 1.0  # learning rate of head-mixing weights, relative to the rest
+    optimizer.mixing_multiplier = 1.0  # learning rate of head-mixing weights, relative to the rest; 0: they stay
 
     config.training = training = ConfigDict()
     training.steps = 500

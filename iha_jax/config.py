@@ -162,7 +162,7 @@ class OptimizerConfig:
     epsilon: float = _positive()
     weight_decay: float = _not_negative()
     clip_norm: float = _positive()
-    mixing_multiplier: float = _positive()
+    mixing_multiplier: float = _not_negative("head mixing stays as it starts")
 
 
 @dataclass(frozen=True, kw_only=True)
