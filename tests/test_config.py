@@ -143,7 +143,7 @@ def test_bad_overrides_and_bad_values_come_together():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("configs/nothing.py", "no such file; config files: configs/base.py"),
+        ("configs/nothing.py", "no such file; config files: configs/ablations_cpu.py, configs/base.py"),
         ("configs/quickstart.py:ihaa", "did you mean 'iha'?"),
         ("configs/base.py:iha", "has no arms"),
     ],

@@ -76,6 +76,18 @@ def test_golden_training_step(arm):
     np.testing.assert_allclose(found, GOLDEN[arm], rtol=1e-5)
 
 
+@pytest.mark.parametrize("multiplier", [0.0, 0.3])
+def test_head_mixing_has_a_learning_rate_of_its_own(multiplier):
+    """The first step of Adam is the learning rate times the sign of the gradient; 0 freezes."""
+    config = tiny(optimizer__mixing_multiplier=multiplier, optimizer__weight_decay=0.0, optimizer__clip_norm=1e9)
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    parameters = {"alpha_query": np.zeros(3, np.float32), "query": np.zeros(3, np.float32)}
+    gradients = {name: np.array([5.0, -7.0, 11.0], np.float32) for name in parameters}
+    updates, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["query"], -config.optimizer.learning_rate / 2 * np.array([1, -1, 1]), rtol=1e-5)
+    np.testing.assert_allclose(updates["alpha_query"], multiplier * updates["query"], rtol=1e-6)
+
+
 def test_a_run_resumed_equals_one_never_stopped_bit_for_bit(data, tmp_path):
     config = tiny(**data)
     assert train(admit(config, str(tmp_path / "whole"))) == 0

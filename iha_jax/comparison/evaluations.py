@@ -9,7 +9,7 @@ from etils import epath
 
 from iha_jax.comparison.runs import Run
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
-from iha_jax.comparison.table import Row, aligned
+from iha_jax.comparison.table import Row
 from iha_jax.data.storage import read_json
 from iha_jax.training.run_directory import evaluation_file
 
@@ -125,12 +125,3 @@ def lines(evaluations: Evaluations, labels: Sequence[str]) -> list[list[str]]:
         [task, metric, *(cells[label].text() if label in cells else "-" for label in labels)]
         for (task, metric), cells in evaluations.cells.items()
     ]
-
-
-def markdown(evaluations: Evaluations, labels: Sequence[str]) -> str:
-    head, *rest = ["| " + " | ".join(line) + " |" for line in lines(evaluations, labels)]
-    return "\n".join([head, "|---|---" + "|---:" * len(labels) + "|", *rest])
-
-
-def terminal(evaluations: Evaluations, labels: Sequence[str]) -> str:
-    return aligned(lines(evaluations, labels))

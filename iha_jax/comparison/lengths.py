@@ -46,16 +46,6 @@ def length_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *rest = ("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([header, "|---|" + "---:|" * (len(lines[0]) - 1), *rest])
-
-
-def terminal(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.rjust(w) for text, w in zip(cells, widths, strict=True)) for cells in lines)
-
-
 def draw_lengths(rows: Sequence[Row], path: epath.Path) -> None:
     """A panel a kind of keys: mean accuracy of every arm against length, with its interval; trained lengths shaded."""
     figure = Figure(figsize=(9.5, 4.2), dpi=120, facecolor="white", layout="constrained")

@@ -145,31 +145,43 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+WIDEST = 8  # arms that are columns; more are lines, with fewer facts each
+BRIEF = ("arm", "parameters", "mixing", "FLOPs/token", "val loss", "bits/byte", "difference", "tokens/s")
+
+
+def table_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and lines of the table: an arm a column, which fits a terminal where an arm a line would not; of more than
+    eight arms a line each."""
+    columns = [list(COLUMNS), *(cells(row) for row in rows)]
+    if len(rows) > WIDEST:
+        return [[texts[COLUMNS.index(name)] for name in BRIEF] for texts in columns]
+    return [list(texts) for texts in zip(*columns, strict=True)]
+
+
 def terminal_table(rows: Sequence[Row]) -> str:
-    """A table with an arm a column, which fits a terminal where an arm a row would not."""
-    columns = [COLUMNS, *(cells(row) for row in rows)]
-    widths = [max(len(text) for text in column) for column in columns]
-    lines = []
-    for texts in zip(*columns, strict=True):
-        first, *rest = (
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(texts, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell, a rule below the first line."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+    return aligned(table_lines(rows))
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    columns = [COLUMNS, *(cells(row) for row in rows)]
-    lines = ["| " + " | ".join(texts) + " |" for texts in zip(*columns, strict=True)]
-    return "\n".join([lines[0], "|---" + "|---:" * len(rows) + "|", *lines[1:]])
+    return markdown_lines(table_lines(rows))
+
+
+def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """For a terminal: columns as wide as their longest cell, the first `texts` to the left and numbers to the right, a
+    rule below the first line."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [text.ljust(w) if i < texts else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    first, *rest = ("  ".join(line).rstrip() for line in padded)
+    return "\n".join([first, "-" * sum(widths, 2 * len(widths) - 2), *rest])
+
+
+def markdown_lines(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    header, *rest = ("| " + " | ".join(cells) + " |" for cells in lines)
+    rule = "|---" * texts + "|---:" * (len(lines[0]) - texts) + "|"
+    return "\n".join([header, rule, *rest])
 
 
 def csv_text(results: Sequence[Result]) -> str:

@@ -35,18 +35,23 @@ def differences(rows: Sequence[Row], first: str) -> list[str]:
 
 
 def mismatches(rows: Sequence[Row]) -> list[str]:
-    """Arms whose size or cost is not that of the first arm."""
-    sentences, first = [], rows[0]
-    for row in {row.arm: row for row in rows[1:] if row.arm != first.arm}.values():
+    """Arms whose size or cost is not that of the first arm at the same setting; of several settings the largest gap."""
+    gaps: dict[tuple[str, str], tuple[float, str]] = {}
+    by_label = {row.label: row for row in rows}
+    for row in rows:
+        first = by_label.get(row.baseline, rows[0])
+        if row.arm == first.arm:
+            continue
         for what, ratio, tolerance in (
             ("parameters", row.parameters.total / first.parameters.total, PARAMETER_TOLERANCE),
             ("useful FLOPs a token", row.flops.total / first.flops.total, FLOPS_TOLERANCE),
         ):
-            if abs(ratio - 1) > tolerance:
-                sentences.append(
-                    f"{row.arm} has {ratio - 1:+.1%} {what} against {first.arm}: the arms are not matched in {what}."
-                )
-    return sentences
+            if abs(ratio - 1) > max(tolerance, abs(gaps.get((row.arm, what), (0.0, ""))[0])):
+                gaps[row.arm, what] = ratio - 1, first.arm
+    return [
+        f"{arm} has {gap:+.1%} {what} against {first}: the arms are not matched in {what}."
+        for (arm, what), (gap, first) in gaps.items()
+    ]
 
 
 def seeds(rows: Sequence[Row]) -> list[str]:

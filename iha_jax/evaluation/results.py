@@ -88,4 +88,4 @@ def table(results: Mapping[str, TaskResult]) -> str:
         for name, found in result.counts.items()
         if found
     ]
-    return "\n".join([aligned(lines), *counts])
+    return "\n".join([aligned(lines, texts=2), *counts])

@@ -1,0 +1,172 @@
+"""Loss against size: power laws through the runs of a comparison that trains each arm at several sizes.
+
+Of each arm and seed `b(x) = A x^-beta`, least squares on `log b` over the sizes, x the parameters or the useful
+training FLOPs, b bits per byte. There is no irreducible loss in it: the law holds over the sizes it was fitted to, no
+further.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from iha_jax.comparison.figure import COLORS
+from iha_jax.comparison.results import Result
+from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
+from iha_jax.comparison.table import Row
+
+TITLE = "Scaling"
+LEAST_SIZES = 3
+NOTES = (
+    "Power laws b = A x^-beta of bits per byte, fitted for each seed to its runs of all sizes, without an irreducible "
+    "loss; ± is the half-width of a 95 % Student-t interval over seeds, behind a semicolon the difference to the first "
+    "arm. Deviation: the largest of a run from its seed's fit against FLOPs. FLOPs at equal loss: how many times an "
+    "arm's useful training FLOPs the first arm needs, by its own fit, for the loss that the arm reaches at its largest "
+    "size; geometric mean and interval, paired by seed; above 1 the arm saves compute."
+)
+HEADER = ("arm", "sizes", "beta (parameters)", "beta (FLOPs)", "deviation", "FLOPs at equal loss")
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """`b(x) = exp(intercept) * x ** -beta`."""
+
+    intercept: float
+    beta: float
+
+    def __call__(self, x: float) -> float:
+        return math.exp(self.intercept - self.beta * math.log(x))
+
+    def inverse(self, b: float) -> float:
+        """The x at which it reaches b."""
+        return math.exp((self.intercept - math.log(b)) / self.beta)
+
+
+def fit(x: Sequence[float], b: Sequence[float]) -> PowerLaw:
+    """Least squares of `log b` on `log x`. Raises ValueError for fewer than two different x."""
+    if len(set(x)) < 2:
+        raise ValueError(f"a power law needs two different sizes, found {sorted(set(x))}")
+    slope, intercept = np.polyfit(np.log(x), np.log(b), 1)
+    return PowerLaw(float(intercept), -float(slope))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One arm over its sizes: rows from the smallest to the largest, and by seed the fits against parameters and
+    against FLOPs. Seeds that lack a size are left out."""
+
+    arm: str
+    rows: list[Row]
+    by_parameters: dict[int, PowerLaw]
+    by_flops: dict[int, PowerLaw]
+
+    def runs(self, seed: int) -> list[Result]:
+        return [result for row in self.rows for result in row.results if result.run.seed == seed]
+
+    @property
+    def deviation(self) -> float:
+        """The largest relative deviation of a run from its seed's fit against FLOPs."""
+        return max(
+            abs(run.final["bits_per_byte"] / law(run.final["flops"]) - 1)
+            for seed, law in self.by_flops.items()
+            for run in self.runs(seed)
+        )
+
+
+def measured(rows: Sequence[Row]) -> list[Scaling]:
+    """The arms of a comparison over sizes; empty unless every arm has three sizes or more, with a seed that has all."""
+    found = []
+    for arm in dict.fromkeys(row.arm for row in rows):
+        own = sorted((row for row in rows if row.arm == arm), key=lambda row: row.parameters.total)
+        sizes = [row.parameters.total for row in own]
+        if len(sizes) < LEAST_SIZES or len(set(sizes)) < len(sizes):
+            return []
+        seeds = set.intersection(*({result.run.seed for result in row.results} for row in own))
+        runs = {seed: [r for row in own for r in row.results if r.run.seed == seed] for seed in sorted(seeds)}
+        if not runs:
+            return []
+        bits = {seed: [r.final["bits_per_byte"] for r in of] for seed, of in runs.items()}
+        by_flops = {seed: fit([r.final["flops"] for r in of], bits[seed]) for seed, of in runs.items()}
+        found.append(Scaling(arm, own, {seed: fit(sizes, b) for seed, b in bits.items()}, by_flops))
+    return found
+
+
+def flops_at_equal_loss(arm: Scaling, first: Scaling) -> dict[int, float]:
+    """By seed: FLOPs that `first` needs, by its fit, for the loss of `arm`'s largest run, over the FLOPs of that run.
+    Seeds for which the fit of `first` does not fall with FLOPs are left out."""
+    ratios = {}
+    for seed in arm.by_flops.keys() & first.by_flops.keys():
+        last, law = arm.runs(seed)[-1].final, first.by_flops[seed]
+        if law.beta > 0:
+            ratios[seed] = law.inverse(last["bits_per_byte"]) / last["flops"]
+    return ratios
+
+
+def scaling_table(arms: Sequence[Scaling]) -> list[list[str]]:
+    """Header and a line an arm, the fits' exponents with their difference to the first arm's."""
+    lines: list[list[str]] = [[*HEADER]]
+    first = arms[0]
+    for arm in arms:
+        sizes = f"{arm.rows[0].parameters.total:,} to {arm.rows[-1].parameters.total:,} ({len(arm.rows)})"
+        exponents = [_exponent(arm, first, lambda s: s.by_parameters), _exponent(arm, first, lambda s: s.by_flops)]
+        gain = "-" if arm is first else _factor(flops_at_equal_loss(arm, first))
+        lines.append([arm.arm, sizes, *exponents, f"{arm.deviation:.1%}", gain])
+    return lines
+
+
+def _exponent(arm: Scaling, first: Scaling, laws: Callable[[Scaling], dict[int, PowerLaw]]) -> str:
+    own = {seed: law.beta for seed, law in laws(arm).items()}
+    text = estimate(list(own.values())).text()
+    if arm is first:
+        return text
+    difference = paired_difference(own, {seed: law.beta for seed, law in laws(first).items()})
+    return text if difference is None else f"{text}; {difference.mean:+.4f} ± {difference.half_width or math.nan:.4f}"
+
+
+def _factor(ratios: dict[int, float]) -> str:
+    """Geometric mean and its interval."""
+    if not ratios:
+        return "-"
+    logs = estimate([math.log(ratio) for ratio in ratios.values()])
+    if logs.half_width is None:
+        return f"{math.exp(logs.mean):.2f} (n=1, no interval)"
+    low, high = math.exp(logs.mean - logs.half_width), math.exp(logs.mean + logs.half_width)
+    return f"{math.exp(logs.mean):.2f} [{low:.2f}, {high:.2f}] (n={logs.n})"
+
+
+def draw_scaling(arms: Sequence[Scaling], path: epath.Path) -> None:
+    """Bits per byte against parameters and against useful training FLOPs: means with intervals, each arm's mean law."""
+    figure = Figure(figsize=(10.5, 4.4), dpi=120, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for number, arm in enumerate(arms):
+        color, means = COLORS[number % len(COLORS)], [row.bits_per_byte for row in arm.rows]
+        parameters = [float(row.parameters.total) for row in arm.rows]
+        flops = [row.results[0].final["flops"] for row in arm.rows]
+        for panel, x, laws in zip(panels, (parameters, flops), (arm.by_parameters, arm.by_flops), strict=True):
+            line = np.geomspace(x[0], x[-1], 50)
+            fitted = np.exp(np.mean([[math.log(law(value)) for value in line] for law in laws.values()], axis=0))
+            panel.plot(line, fitted, color=color, lw=1.4)
+            label = f"{arm.arm} (n={len(laws)})"
+            _points(panel, x, means, color, label)
+    for panel, label in zip(panels, ("parameters", "useful training FLOPs"), strict=True):
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("bits per byte")
+    panels[-1].legend(frameon=False)
+    figure.suptitle(
+        "Final validation loss: mean over seeds, its 95 % interval, power law fitted to each seed", fontsize=10
+    )
+    with path.open("wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _points(panel, x: Sequence[float], means: Sequence[Estimate], color: str, label: str) -> None:
+    errors = [mean.half_width or 0.0 for mean in means]
+    panel.errorbar(x, [m.mean for m in means], yerr=errors, color=color, label=label, marker="o", ls="", capsize=3)
