@@ -80,8 +80,8 @@ def examples(experiment: ExperimentConfig) -> dict[str, Examples]:
 
 
 def load_points(spec: str, overrides: Sequence[str] = ()) -> dict[str, list[Point]]:
-    """The points of every experiment that `spec` ("FILE.py" or "FILE.py:reduced,binary") names, all but reduced ones
-    when it names none; `overrides` such as "experiment.seeds=2" or "model.width=64" apply to all.
+    """The points of every experiment that `spec` ("FILE.py" or "FILE.py:reduced,binary") names, its
+    `DEFAULT_EXPERIMENTS` when it names none; `overrides` such as "experiment.seeds=2" or "model.width=64" apply to all.
 
     Raises:
       ConfigError: with everything wrong with a name, an override or a value.
@@ -91,7 +91,7 @@ def load_points(spec: str, overrides: Sequence[str] = ()) -> dict[str, list[Poin
     if not hasattr(module, "get_experiment"):
         raise ConfigError([f"--config={path}: the file defines no get_experiment(name)"])
     known = tuple(module.EXPERIMENTS)
-    names = listed.split(",") if listed else [name for name in known if name != "reduced"]
+    names = listed.split(",") if listed else module.DEFAULT_EXPERIMENTS
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError([f"--config={spec}: no experiment {', '.join(unknown)}; there are: {', '.join(known)}"])

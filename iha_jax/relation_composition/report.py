@@ -45,7 +45,7 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
         f"{', '.join(dict.fromkeys(result['device'] for result in results))}."
     )
     sections = [title, "![learning curves](report.png)", data, table(results)]
-    sections += ["\n".join(f"- {line}" for line in [*differences(results), *verdicts(results)])]
+    sections += ["\n".join(f"- {line}" for line in [*differences(results, experiment.arms[0]), *verdicts(results)])]
     missing = [point.folder for point in points if not (folder / point.folder / "result.json").exists()]
     if missing:
         sections.append(f"Not finished, and left out: {', '.join(missing)}.")
@@ -78,15 +78,15 @@ def best_of(results: Sequence[Result]) -> dict[str, Result]:
     return {result["arm"]: result for result in reversed(ordered)}
 
 
-def differences(results: Sequence[Result]) -> list[str]:
-    """Every arm less MHA in entries right, each at its best learning rate by validation loss."""
+def differences(results: Sequence[Result], first: str) -> list[str]:
+    """Every arm less arm `first` in entries right, each at its best learning rate by validation loss."""
     best = best_of(results)
-    if "mha" not in best:
+    if first not in best:
         return []
     return [
-        f"{_at(result)} less {_at(best['mha'])}: {_difference(result, best['mha']).text(2)} points"
+        f"{_at(result)} less {_at(best[first])}: {_difference(result, best[first]).text(2)} points"
         for result in sorted(best.values(), key=lambda r: r["arm"])
-        if result["arm"] != "mha"
+        if result["arm"] != first
     ]
 
 
