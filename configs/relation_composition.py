@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+PROGRAM = "iha_jax.relation_composition"  # what trains it, train.py too
 MECHANISMS = ("mha", "iha", "iha_p2", "iha_p4", "simplicial", "talking_heads", "differential", "fused_mixing")
 PSEUDO_HEADS = {"iha": 8, "iha_p2": 2, "iha_p4": 4}
 # What differs from iha_p4. Without a causal mask and RoPE, causality and positions of pseudo-tokens have no part in it.

@@ -80,13 +80,18 @@ def examples(folder):
     return {position: [rows[i] for i in range(len(rows))] for position, rows in sorted(found.items())}
 
 
+def with_devices(count):
+    """The environment of a process with so many fake CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def printed_by(program, cases, *, devices):
     """The JSON that `python -m program CASES` prints, run with so many fake devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-m", program, json.dumps(cases)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=with_devices(devices),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -100,10 +105,9 @@ class Processes:
     def __init__(self, command, count, *, devices=1, extra=lambda index: [], output):
         self.began = time.monotonic()
         joined = [] if count == 1 else [f"--coordinator_address=127.0.0.1:{free_port()}", f"--process_count={count}"]
-        flags = f"--xla_force_host_platform_device_count={devices}"
         # Every program from the cache that all tests share: a start then takes seconds.
         cached = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | cached
+        environment = with_devices(devices) | cached
         output.mkdir(parents=True, exist_ok=True)
         self._outputs = [output / f"{index}.txt" for index in range(count)]
         self.processes = []

@@ -1,7 +1,6 @@
 """Meshes: same losses on every mesh as on one device, the collectives that were meant and no others, named refusals."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from iha_jax.ops import target_platform
 from iha_jax.parallel.mesh import AXES, axis_sizes, check_batch_sizes
 from iha_jax.parallel.rules import WEIGHTS, check_split, weight_spec
 from iha_jax.training.banner import kernels
-from tests.several import printed_by
+from tests.several import printed_by, with_devices
 from tests.tiny import tiny
 
 ONE = dict(data=1, fsdp=1, context=1, tensor=1)
@@ -263,9 +262,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         flags += [f"--config.training.{name}={value}" for name, value in training.items()]
         flags += [f"--config.mesh.{name}={value}" for name, value in settings.items()]
         flags += ["--config.model.layer_pattern=iha_local,mha", "--config.optimizer.warmup_steps=3"]
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "train.py", "--config=configs/base.py", f"--workdir={workdir}", *flags]
-        subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, check=True)
+        subprocess.run(command, cwd=Path(__file__).parent.parent, env=with_devices(devices), check=True)
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         return [row[name] for row in rows for name in ("loss", "largest_attention_logit") if name in row]
 

@@ -18,7 +18,8 @@ from iha_jax.relation_composition.figure import last_carried_on
 from iha_jax.relation_composition.report import csv_text, report, verdicts
 from iha_jax.relation_composition.runs import RESULT, check_points, run_point
 from iha_jax.relation_composition.training import Patience, data_of, evaluate, initial_state, make_epoch, make_step
-from iha_jax.training.run_directory import RunDirectoryError
+from iha_jax.training.command import main as train_command
+from iha_jax.training.run_directory import RunDirectoryError, flat
 
 CONFIG = "configs/relation_composition.py"
 SMALL = (
@@ -263,3 +264,24 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, spe
     assert message in str(error.value).replace("\n", " ")
     assert not (tmp_path / "run").exists()
     assert isinstance(error.value, ConfigError) or "relations" in message
+
+
+def test_train_py_hands_over_what_is_no_language_model(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_command([f"--config={CONFIG}:binary", f"--workdir={tmp_path / 'runs'}", "--config.experiment.hops=1"])
+    assert end.value.code == 2
+    assert "config.experiment.hops = 1" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ablations_differ_from_iha_in_what_their_name_says():
+    base, *others = load_points(f"{CONFIG}:ablations")["ablations"]
+    assert base.arm == "iha_p4"
+    differing = {
+        point.arm: {key for key, value in flat(point.facts()).items() if value != flat(base.facts()).get(key)}
+        for point in others
+    }
+    assert differing["start_noise"] == {f"model.iha.{key}" for key in ("mixing_init", "collapse_init", "init_noise")}
+    assert differing["per_head_collapse"] == {"model.iha.collapse"}
+    assert differing["frozen_mixing"] == differing["fast_mixing"] == {"optimizer.mixing_multiplier"}
+    assert differing["window_9"] == {"model.layer_pattern", "model.iha.window"}

@@ -1,6 +1,7 @@
 """The command line of training: flags to one library call, and exceptions to exit codes."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,6 +25,19 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(REFUSED)
 
 
+def _hand_over(spec: str, arguments: Sequence[str]) -> None:
+    """Runs the program that a config file names as `PROGRAM`, where it describes something else than a language model:
+    the same command trains whatever a config file holds. Returns where it names none."""
+    from iha_jax.config_file import load_module
+
+    try:
+        program = getattr(load_module(spec.partition(":")[0]), "PROGRAM", "")
+    except ValueError:
+        return  # refused later, where several processes find it together
+    if program:
+        importlib.import_module(f"{program}.__main__").main(arguments)
+
+
 CACHE_HELP = "folder or bucket of compiled programs, or off; default: JAX_COMPILATION_CACHE_DIR, else .jax_cache beside"
 
 
@@ -42,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     add_process_flags(parser)
     flags = parser.parse_args(rest)
     start_up = StartUp()
+    _hand_over(flags.config, sys.argv[1:] if arguments is None else arguments)
 
     # Only now: importing jax takes seconds, --help should not.
     from iha_jax.config_file import load_config
