@@ -1,4 +1,4 @@
-"""What of IHA matters? One choice changed at a time, on the quickstart's model, four seeds each, on a laptop's CPU:
+"""What of IHA matters? One choice changed at a time, on the quickstart's model, three seeds each, on a laptop's CPU:
 
     python -m iha_jax.compare --config=configs/ablations_cpu.py --workdir=runs/ablations
 
@@ -54,5 +54,4 @@ def get_config(arm: str = "iha") -> ConfigDict:
 def get_comparison() -> ConfigDict:
     comparison = quickstart.get_comparison()
     comparison.arms = ARMS
-    comparison.seeds = 4
     return comparison

@@ -2,7 +2,7 @@
 
     python -m iha_jax.compare --config=configs/scaling_cpu.py --workdir=runs/scaling
 
-trains the quickstart's models at widths 32 to 96, each on about 1.5 tokens a parameter, and fits a power law to each
+trains the quickstart's models at widths 32 to 80, each on about 1.5 tokens a parameter, and fits a power law to each
 arm and seed. Several cores or machines share the work with `python -m iha_jax.sweep` and its `--index` (`compare
 --report_only` then makes the table). The learning rate falls with 1 / width from the quickstart's, as is usual for
 Adam; it was tuned for neither arm nor size. `windows` has IHA's pattern of layers, a window of 4 tokens in four of
@@ -15,7 +15,7 @@ from configs import quickstart
 from iha_jax.overrides import Override, grid, product, zipped
 
 ARMS = ("mha", "windows", "iha")
-WIDTHS = (32, 48, 64, 96)
+WIDTHS = (32, 48, 64, 80)
 
 
 def get_config(arm: str = "iha") -> ConfigDict:
@@ -34,8 +34,8 @@ def get_sweep() -> list[Override]:
         {
             "model.width": WIDTHS,
             "model.mlp_width": [4 * width for width in WIDTHS],
-            "optimizer.learning_rate": (0.014, 0.0093, 0.007, 0.0047),
-            "training.steps": (100, 220, 385, 850),
+            "optimizer.learning_rate": (0.014, 0.0093, 0.007, 0.0056),
+            "training.steps": (100, 220, 385, 590),
         }
     )
     return product(grid({"seed": range(3)}), sizes, grid({"arm": ARMS}))
