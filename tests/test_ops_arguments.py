@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from iha_jax.ops import (
+    attention_weights,
     collapse_heads,
     differential_attention,
     dot_product_attention,
     fuse_mixing,
     interleave,
+    interleaved_attention_weights,
     interleaved_head_attention,
     mix_heads,
     query_blocks,
@@ -29,6 +31,8 @@ MIXING = {"alpha_q": (H, H, P), "alpha_k": (K, H, P), "alpha_v": (K, H, P), "col
 SHAPES = {
     dot_product_attention: QKV,
     interleaved_head_attention: QKV | MIXING,
+    attention_weights: {"q": QKV["q"], "k": QKV["k"]},
+    interleaved_attention_weights: {name: (QKV | MIXING)[name] for name in ("q", "k", "alpha_q", "alpha_k")},
     talking_heads_attention: QKV | {"logits_mix": (H, H), "weights_mix": (H, H)},
     differential_attention: QKV | {"v": (B, N, K // 2, e), "lambda_": ()},
     simplicial_attention: QKV | {"k2": (B, N, K, d), "v2": (B, N, K, e)},
@@ -115,6 +119,7 @@ def test_shapes_of_mixing():
         (interleaved_head_attention, "alpha_q", (H, H, 0)),
         (interleaved_head_attention, "alpha_k", (K, H, P + 1)),
         (interleaved_head_attention, "collapse", (H, P + 1)),
+        (interleaved_attention_weights, "alpha_k", (K, H, P + 1)),
         (talking_heads_attention, "logits_mix", (H, H + 1)),
         (talking_heads_attention, "weights_mix", (H + 1, H)),
         (mix_heads, "alpha", (K + 1, H, P)),
@@ -184,3 +189,14 @@ def check_rows(run, rows):
         assert np.isnan(broken[name][1]).any()
         assert np.isfinite(broken[name][::2]).all()
         np.testing.assert_array_equal(broken[name][::2], clean[name][::2])
+
+
+@pytest.mark.parametrize("run", [interleaved_head_attention, interleaved_attention_weights])
+def test_choices_of_the_virtual_sequence(run):
+    for setting, match in (
+        ({"causality": "tokens"}, "^causality = 'tokens'; expected one of 'virtual', 'token'"),
+        ({"rope_positions": "none"}, "^rope_positions = 'none'; expected one of 'virtual', 'token'"),
+        ({"rope_theta": 0.0}, "^rope_theta = 0.0, head width 6; expected theta > 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call(run, **setting)

@@ -1,5 +1,6 @@
 """Attention as pure functions on arrays: lift these into your own model. Imports with jax and numpy alone."""
 
+from iha_jax.ops.attention_weights import attention_weights, interleaved_attention_weights
 from iha_jax.ops.differential import differential_attention
 from iha_jax.ops.fused_mixing import fuse_mixing
 from iha_jax.ops.implementations import Features, target_platform
@@ -20,11 +21,13 @@ from iha_jax.ops.virtual_sequence import tokens_in_reach
 __all__ = [
     "Features",
     "apply_rope",
+    "attention_weights",
     "collapse_heads",
     "differential_attention",
     "dot_product_attention",
     "fuse_mixing",
     "interleave",
+    "interleaved_attention_weights",
     "interleaved_head_attention",
     "mix_heads",
     "resolve_attention_implementation",

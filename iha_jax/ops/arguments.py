@@ -79,6 +79,13 @@ def check_mixing(q: Array, k: Array, alphas: dict[str, Array], collapse: Array, 
             raise ValueError(f"{name} has dtype {x.dtype}; expected {q.dtype} as q has; cast one of them")
 
 
+def check_virtual_sequence(causality: str, rope_theta: float | None, rope_positions: str, width: int) -> None:
+    check_choice("causality", causality, ("virtual", "token"))
+    check_choice("rope_positions", rope_positions, ("virtual", "token"))
+    if rope_theta is not None and not (rope_theta > 0 and width % 2 == 0):
+        raise ValueError(f"rope_theta = {rope_theta}, head width {width}; expected theta > 0 and an even width")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, choices))}")

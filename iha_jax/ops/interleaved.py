@@ -14,7 +14,13 @@ import jax.numpy as jnp
 
 from iha_jax.array_types import Array, Float, Int
 from iha_jax.ops import reference
-from iha_jax.ops.arguments import check_attention, check_choice, check_heads, check_mixing, check_pseudo_heads
+from iha_jax.ops.arguments import (
+    check_attention,
+    check_heads,
+    check_mixing,
+    check_pseudo_heads,
+    check_virtual_sequence,
+)
 from iha_jax.ops.implementations import Features, current_platform, resolve_implementation
 from iha_jax.ops.streaming import streaming_interleaved_attention
 
@@ -109,10 +115,7 @@ def interleaved_head_attention(
     check_attention(q, k, v, window, segment_ids)
     alphas = {"alpha_q": alpha_q, "alpha_k": alpha_k, "alpha_v": alpha_v}
     check_mixing(q, k, alphas, collapse, q.shape[2] if target_heads is None else target_heads)
-    check_choice("causality", causality, ("virtual", "token"))
-    check_choice("rope_positions", rope_positions, ("virtual", "token"))
-    if rope_theta is not None and not (rope_theta > 0 and q.shape[-1] % 2 == 0):
-        raise ValueError(f"rope_theta = {rope_theta}, head width {q.shape[-1]}; expected theta > 0 and an even width")
+    check_virtual_sequence(causality, rope_theta, rope_positions, q.shape[-1])
     features = Features.of(q, v, causal=causal, window=window, segment_ids=segment_ids)
     chosen = resolve_interleaved_implementation(implementation, features)
     return _attend(chosen)(
