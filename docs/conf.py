@@ -16,6 +16,7 @@ exclude_patterns = ["_build", "api/modules.rst"]
 html_theme = "furo"
 myst_heading_anchors = 3  # links to headings, as on GitHub
 default_role = "code"  # single backticks
+smartquotes = False  # a value in quotes can be copied
 
 # A page a package, written anew into docs/api at every build: no module can be forgotten.
 apidoc_modules = [{"path": "../iha_jax", "destination": "api", "module_first": True}]

@@ -62,6 +62,7 @@ def test_a_result_has_command_commit_device_date_and_seeds(title):
     assert tuple(fields) == FIELDS
     assert all(fields.values())
     assert commands(fields["Command"])
+    assert re.match(r"[0-9a-f]{7}\b", fields["Commit"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", fields["Date"])
     assert re.match(r"\d+|none, \w", fields["Seeds"])
 
