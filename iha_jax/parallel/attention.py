@@ -8,6 +8,7 @@ Over `tensor` (T devices) heads are split:
 
 - MHA: nothing.
 - IHA: every pseudo-head is a mix of all H heads.
+
   - Local layers (`swap_tokens`): all-to-all. Each device gives away its heads of the other devices' tokens and gets all
     heads of its own N/T tokens (B N (H + 2 K) d / T values), then their halo from its neighbors, as over `context`
     below; it mixes, attends and collapses those tokens alone and gives the outputs back (B N H d / T values).

@@ -24,7 +24,7 @@ CATEGORIES: tuple[str, ...] = (START, RESTORE, COMPILE, PRODUCTIVE, EVALUATE, SA
 
 
 class TimeAccount:
-    """Every moment since the process began belongs to one category, the one last `enter`ed: they add up to wall time.
+    """Every moment since the process began belongs to one category, the last of `enter`: they add up to wall time.
 
     `wall_time.json` in the run directory says how long all attempts have run so far, written by process 0 at once and
     then whenever an attempt has grown by 2 % (in a bucket no more than once a minute): so the next attempt knows what a

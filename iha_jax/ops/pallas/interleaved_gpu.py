@@ -23,9 +23,11 @@ log-sum-exp, X numbers a block and head. No array of N*P vectors exists; the lar
 
 **Bytes and FLOPs**, N = 8192, H = P = 20, d = 128, W = 10, one sequence, H100 (989 TFLOP/s, 50 MB of L2, 5.5 TB/s from
 it assumed). Unit: a 64 x 64 x 128 product, 1.05 MFLOP; 54 620 pairs of block and head, each with five key blocks.
-  - Forward, 22 units a pair (flash attention alone: 10): 1.3 TFLOP, 1.3 ms at peak; 14 GB from L2, 2.6 ms.
-  - Backward, 101 units (50 + 51; with pseudo-tokens in memory 35 to 45): 5.8 TFLOP, 5.9 ms at peak.
-  - Device memory sees q, k, v and the output, 42 MB each; written out, the pseudo-tokens are 839 MB a tensor.
+
+- Forward, 22 units a pair (flash attention alone: 10): 1.3 TFLOP, 1.3 ms at peak; 14 GB from L2, 2.6 ms.
+- Backward, 101 units (50 + 51; with pseudo-tokens in memory 35 to 45): 5.8 TFLOP, 5.9 ms at peak.
+- Device memory sees q, k, v and the output, 42 MB each; written out, the pseudo-tokens are 839 MB a tensor.
+
 At half of peak that is about 14 ms against about 2.2 for cuDNN's MHA (1.2 TFLOP) and about 10 for the virtual sequence
 written out (4 ms of cuDNN, 18 GB of traffic). So the kernel saves memory, and by estimate not time: recomputed mixing
 is half of its products. Cheaper in time would be pseudo-tokens of a bounded slab of the sequence, mixed once and kept
