@@ -21,7 +21,6 @@ def get_experiment(name: str) -> ConfigDict:
     experiment = ConfigDict()
     experiment.task = name
     experiment.data_seed = 0  # all points of an experiment see the same examples
-    experiment.seeds = 3  # initial weights and order of examples; trained side by side
     experiment.optimizer = base.get_config().optimizer
     experiment.optimizer.final_fraction = 0.01  # a cosine over all epochs
     experiment.optimizer.warmup_steps = 100
@@ -38,8 +37,9 @@ def get_experiment(name: str) -> ConfigDict:
         experiment.learning_rates = (1e-2,)  # of several, the one with the lowest validation loss is reported
         experiment.train_examples, experiment.validation_examples, experiment.test_examples = 4096, 512, 1024
         experiment.batch_size = 32
-        experiment.epochs = 40  # at most
-        experiment.patience = 40  # epochs without a lower validation loss, then a seed stops
+        experiment.seeds = 5  # initial weights and order of examples; trained side by side
+        experiment.epochs = 100  # at most
+        experiment.patience = 100  # epochs without a lower validation loss, then a seed stops
     else:
         experiment.tokens = 6  # N = N_max; the theorem: N heads of MHA, ceil(sqrt(N)) of IHA
         experiment.modulus, experiment.factor = 3, 8  # M and G, sensitive to order
@@ -50,6 +50,7 @@ def get_experiment(name: str) -> ConfigDict:
         experiment.learning_rates = (1e-2,)
         experiment.train_examples, experiment.validation_examples, experiment.test_examples = 512, 64, 128
         experiment.batch_size = 64
+        experiment.seeds = 3
         experiment.epochs = 400
         experiment.patience = 400
     return experiment
