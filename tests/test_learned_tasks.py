@@ -11,7 +11,7 @@ from etils import epath
 
 from iha_jax.learned_tasks.__main__ import LEARNED_TASKS
 from iha_jax.learned_tasks.experiment import IHA, MATCHED, MHA
-from iha_jax.learned_tasks.layer import MIXING, PROJECTIONS
+from iha_jax.learned_tasks.layer import MIXING, PROJECTIONS, initialize
 from iha_jax.learned_tasks.load import load_points
 from iha_jax.learned_tasks.report import best_rates, csv_text, report, verdict
 from iha_jax.relation_composition.command import admit
@@ -72,15 +72,13 @@ def test_the_constructed_filters_are_a_setting_of_the_learned_layer(mechanism, h
     build = polynomial_filters.iha_construction if mechanism == IHA else polynomial_filters.mha_construction
     built = build(task.operator, 2, 3)
     weights, mixing = built if mechanism == IHA else (built, None)
-    parameters = {"attention": attention_of(weights, mixing), "output": {"kernel": np.eye(2 * heads ** len(built), 6)}}
-    parameters["output"]["kernel"] = np.eye(heads * point.layer.value_width, 6)
-    parameters = as_constructed(point, parameters)
+    kernel = np.eye(heads * point.layer.value_width, 3 * 2)  # what IHA computes beyond the k filters is not used
+    parameters = as_constructed(point, {"attention": attention_of(weights, mixing), "output": {"kernel": kernel}})
     found = measured(point, parameters)
     assert found["loss"] < 1e-10
     assert (found["accuracy"], found["exact"]) == (1, 1)
-    broken = jax.tree.map(lambda x: x, parameters)
-    broken["attention"]["query"] = jnp.roll(parameters["attention"]["query"], 1, axis=0)  # heads that compute others'
-    assert measured(point, broken)["accuracy"] < 0.5
+    parameters["attention"]["query"] = jnp.roll(parameters["attention"]["query"], 1, axis=0)  # of another head
+    assert measured(point, parameters)["accuracy"] < 0.5
 
 
 @pytest.mark.parametrize(("mechanism", "heads"), [(MHA, 5), (IHA, 3)])
@@ -126,6 +124,25 @@ def test_labels_are_the_filters_and_the_counts():
     for x, found in zip(sequences, counts, strict=True):
         assert found == [sum((c + 10 * a + b) % 4 == 0 for a, b in itertools.product(x, x)) for c in x]
     assert task.variance == pytest.approx(np.var(counts[:14]))
+
+
+@pytest.mark.parametrize("matrix", ["orthogonal", "not normal"])
+def test_an_error_is_a_share_of_the_filters_variance(matrix):
+    task = points("polynomial_filters", *FILTERS, f"experiment.matrix={matrix}")[0].experiment
+    labels = np.random.default_rng(0).normal(size=(4, 5, 3, 2)).astype(np.float32)
+    norms = [np.linalg.norm(np.linalg.matrix_power(task.operator, i)) ** 2 for i in range(3)]
+    errors, right = task.measure(jnp.asarray(0.9 * labels.reshape(4, 5, 6)), jnp.asarray(labels))
+    np.testing.assert_allclose(errors, 0.01 * (labels**2).sum((1, 3)) / (2 * np.array(norms)), rtol=1e-4)
+    np.testing.assert_array_equal(right, np.asarray(errors) < 0.01)
+
+
+def test_initial_weights_have_their_spread_and_points_their_learning_rate():
+    shapes = {"attention": {"query": (9, 16, 40), "alpha_key": (9, 9, 9), "collapse": (9, 9, 9), "bias": (7,)}}
+    found = initialize(shapes, jax.random.key(0))["attention"]
+    for name, std in (("query", 1 / 4), ("alpha_key", 1 / 3), ("collapse", 1 / 9), ("bias", 0)):
+        assert float(found[name].std()) == pytest.approx(std, rel=0.1)
+    of_rates = points("cpm3", "experiment.learning_rates=0.1,0.2", "experiment.mha_heads=1")[:2]
+    assert [p.optimizer.learning_rate for p in of_rates] == [0.1, 0.2] == [p.learning_rate for p in of_rates]
 
 
 def test_counts_depend_on_how_often_tokens_occur_and_not_on_their_order():
@@ -188,7 +205,7 @@ def test_an_interrupted_point_ends_with_the_same_result(tmp_path):
     assert "Not finished, and left out: mha/heads=3/learning_rate=0.01." in text
     assert len((whole / "report.csv").read_text().splitlines()) == 1 + 2
     assert (whole / "report.png").read_bytes()[:4] == b"\x89PNG"
-    changed = [f"--config.{o}".removeprefix("--config.") for o in (*SMALL, *FILTERS, "experiment.iha_heads=2")]
+    changed = [*SMALL, *FILTERS, "experiment.iha_heads=2"]
     (tmp_path / "polynomial_filters").symlink_to(tmp_path / "whole")
     with pytest.raises(RunDirectoryError, match=r"experiment.epochs: 3 there, 4 now"):
         admit(LEARNED_TASKS, f"{CONFIG}:polynomial_filters", str(tmp_path), [*changed, "experiment.epochs=4"])
@@ -216,7 +233,7 @@ def test_the_verdict_follows_the_intervals():
     needed = {MHA: 4, IHA: 2}
     few, mha, iha = result(MHA, 3, 0.7, 0.71, 0.69), result(MHA, 4, 1.0, 1.0, 0.99), result(IHA, 2, 1.0, 1.0, 1.0)
     assert "(4 of MHA, 2 of IHA) holds. Solved" in verdict([few, mha, iha], needed)
-    assert "mha with 4 heads; mha_matched with none of  heads; iha with 2 heads" in verdict([few, mha, iha], needed)
+    assert "mha with 4 heads; iha with 2 heads" in verdict([few, mha, iha], needed)
     assert "is not decided" in verdict([few, mha, result(IHA, 2, 1.0, 1.0, 0.5)], needed)
     assert "is not decided" in verdict([mha, iha], needed)
     assert "does not hold" in verdict([few, mha, result(IHA, 2, 0.3, 0.31, 0.3)], needed)

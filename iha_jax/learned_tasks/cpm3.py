@@ -33,13 +33,17 @@ class CPM3Experiment(ExperimentConfig):
     factor: int  # G
     mlp_width: int = at_least(1)
 
+    @property
+    def counts(self) -> bool:
+        return True
+
     @cached_property
     def cpm3(self) -> Task:
         return Task(self.modulus, self.factor, self.tokens)
 
     def check(self) -> None:
         """Raises CPM3Error; ValueError for more examples than sequences."""
-        sequences, wanted = self.cpm3.M**self.tokens, sum(self.counts)
+        sequences, wanted = self.cpm3.M**self.tokens, sum(self.split_sizes)
         if wanted > sequences:
             raise ValueError(
                 f"{wanted} examples asked for, but there are only {self.modulus}^{self.tokens} = {sequences} "
@@ -68,11 +72,11 @@ class CPM3Experiment(ExperimentConfig):
     @cached_property
     def _examples(self) -> dict[str, Examples]:
         N, M = self.tokens, self.modulus
-        drawn = np.random.default_rng(self.data_seed).choice(M**N, sum(self.counts), replace=False)
+        drawn = np.random.default_rng(self.data_seed).choice(M**N, sum(self.split_sizes), replace=False)
         sequences = drawn[:, None] // M ** np.arange(N) % M
         parts = np.array_split(sequences, range(CHUNK, len(sequences), CHUNK))
         labels = np.concatenate([brute_force(self.cpm3, part) for part in parts]).astype(np.float32)
-        cuts = np.cumsum(self.counts)[:-1]
+        cuts = np.cumsum(self.split_sizes)[:-1]
         pairs = zip(SPLITS, np.split(sequences, cuts), np.split(labels, cuts), strict=True)
         return {split: Examples(x[..., None].astype(np.float32), y) for split, x, y in pairs}
 

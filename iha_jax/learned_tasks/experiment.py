@@ -50,11 +50,16 @@ class ExperimentConfig:
     optimizer: OptimizerConfig
 
     @property
+    def counts(self) -> bool:
+        """Whether labels are counts, one of which is the commonest."""
+        return False
+
+    @property
     def sizes(self) -> tuple[int]:
         return (self.tokens,)
 
     @property
-    def counts(self) -> tuple[int, int, int]:
+    def split_sizes(self) -> tuple[int, int, int]:
         return self.train_examples, self.validation_examples, self.test_examples
 
     @property

@@ -48,7 +48,7 @@ class FiltersExperiment(ExperimentConfig):
 
     def examples(self) -> dict[str, Examples]:
         generator, A = np.random.default_rng(self.data_seed), powers(self.operator, range(self.filters))
-        signals = [generator.normal(size=(n, self.tokens, self.signals)) for n in self.counts]
+        signals = [generator.normal(size=(n, self.tokens, self.signals)) for n in self.split_sizes]
         labels = [np.einsum("kij,njr->nikr", A, X) for X in signals]
         pairs = zip(SPLITS, signals, labels, strict=True)
         return {split: Examples(X.astype(np.float32), y.astype(np.float32)) for split, X, y in pairs}
@@ -67,5 +67,5 @@ class FiltersExperiment(ExperimentConfig):
             f"k = {self.filters} filters `A^i X`, A {self.matrix} [{self.tokens}, {self.tokens}], X N(0, 1) "
             f"[{self.tokens}, {self.signals}]. Right: a filter of one X with an error below {TOLERANCE:g} of its "
             f"variance. Linear attention, then a linear map of the concatenated heads; queries and keys are "
-            f"{self.tokens} wide whatever the heads, values {self.signals} (mha) or {self.signals} H (iha)."
+            f"{self.tokens} wide whatever the heads, values r = {self.signals} (mha) or r H (iha)."
         )

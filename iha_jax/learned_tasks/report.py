@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from iha_jax.comparison.figure import COLORS
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
-from iha_jax.learned_tasks.experiment import IHA, MATCHED, MHA, Point
+from iha_jax.learned_tasks.experiment import IHA, MATCHED, MHA, ExperimentConfig, Point
 from iha_jax.relation_composition.runs import RESULT, read_results
 
 Result = dict[str, Any]
@@ -42,10 +42,9 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     if not results:
         raise ValueError(f"{folder}: no finished point to report")
     experiment, best = points[0].experiment, best_rates(results)
-    data = (
-        f"{experiment.describe()} Always giving the commonest label is right for {100 * best[0]['commonest']:.1f} % of "
-        f"the entries. Device: {', '.join(dict.fromkeys(result['device'] for result in results))}."
-    )
+    data = f"{experiment.describe()} Device: {', '.join(dict.fromkeys(result['device'] for result in results))}."
+    if experiment.counts:
+        data += f" Always giving the commonest label is right for {100 * best[0]['commonest']:.1f} % of the entries."
     needed = experiment.heads_by_theorem()
     sections = [f"# Learned tasks: {name}", "![accuracy against heads](report.png)", data, table(best)]
     sections += ["\n".join(f"- {line}" for line in [verdict(best, needed), *differences(best, needed)])]
@@ -55,7 +54,7 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     text = "\n\n".join([*sections, NOTES]) + "\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
     (folder / "report.csv").write_text(csv_text(results), encoding="utf-8")
-    draw(best, needed, name, folder / "report.png")
+    draw(best, experiment, name, folder / "report.png")
     return text + f"\nwrote {folder}/report.md, .csv and .png"
 
 
@@ -112,7 +111,8 @@ def verdict(results: Sequence[Result], needed: dict[str, int]) -> str:
         outcome = "does not hold"
     else:
         outcome = "is not decided by these seeds"
-    first = "; ".join(f"{mechanism} {_first_solved(states, mechanism)}" for mechanism in (MHA, MATCHED, IHA))
+    tried = dict.fromkeys(mechanism for mechanism, H in states if H)
+    first = "; ".join(f"{mechanism} {_first_solved(states, mechanism)}" for mechanism in tried)
     return (
         f"That learning needs the theorem's heads ({needed[MHA]} of MHA, {needed[IHA]} of IHA) {outcome}. Solved, "
         f"that is the interval above {SOLVED:g} %: {first}."
@@ -145,8 +145,9 @@ def csv_text(results: Sequence[Result]) -> str:
     return out.getvalue()
 
 
-def draw(results: Sequence[Result], needed: dict[str, int], name: str, path: epath.Path) -> None:
+def draw(results: Sequence[Result], experiment: ExperimentConfig, name: str, path: epath.Path) -> None:
     """Heads on x, accuracy on y, a line a mechanism; the theorem's heads are marked, what has none is a level."""
+    needed = experiment.heads_by_theorem()
     figure = Figure(figsize=(7, 4.6), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
@@ -164,7 +165,8 @@ def draw(results: Sequence[Result], needed: dict[str, int], name: str, path: epa
         if mechanism in needed:
             text = f"theorem: {needed[mechanism]} heads of {mechanism}"
             panel.axvline(needed[mechanism], color=color, ls=":", lw=1.5, label=text)
-    panel.axhline(100 * results[0]["commonest"], color="grey", ls="-.", lw=1, label="commonest label")
+    if experiment.counts:
+        panel.axhline(100 * results[0]["commonest"], color="grey", ls="-.", lw=1, label="commonest label")
     panel.set(xlabel="heads", ylabel="test entries right (%)", ylim=(-3, 108))
     panel.set_title(f"{name}: mean over seeds, bars: 95 % intervals", fontsize=10)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
