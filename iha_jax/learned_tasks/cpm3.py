@@ -4,8 +4,9 @@ The count is regressed, as the construction's MLP computes it: counts are ordere
 
 *What the task asks of a model.* The count at i is `sum_{a, b: x_i + G a + b = 0 (mod M)} n_a n_b`, n_a being the number
 of tokens a. It depends on x_i and on how often each token occurs, not on their order: the cyclic shifts of the
-constructions are sufficient, not necessary. With values that hold the one-hot code of a token, one head that attends to
-all alike would do. Here a token is the number x_i, as in the theorem, and values are linear in `[x, I]`.
+constructions are sufficient, not necessary. With values that hold the one-hot code of a token, one head is enough that
+attends to all tokens alike but to its own more. Here a token is the number x_i, as in the theorem, and values are
+linear in `[x, I]`.
 """
 
 from dataclasses import dataclass
