@@ -116,7 +116,7 @@ def test_labels_are_the_filters_and_the_counts():
     for one, label in zip(X, labels, strict=True):
         np.testing.assert_allclose(label[:, 2], task.operator @ (task.operator @ one), rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(label[:, 0], one)
-    task = points("cpm3", *CPM3)[0].experiment
+    task = points("cpm3", *CPM3, "experiment.tokens=3")[0].experiment
     splits = task.examples()
     sequences = [tuple(x[:, 0].tolist()) for split in splits.values() for x in split.inputs]
     assert len(set(sequences)) == 14 + 5 + 3
@@ -124,6 +124,9 @@ def test_labels_are_the_filters_and_the_counts():
     for x, found in zip(sequences, counts, strict=True):
         assert found == [sum((c + 10 * a + b) % 4 == 0 for a, b in itertools.product(x, x)) for c in x]
     assert task.variance == pytest.approx(np.var(counts[:14]))
+    errors, right = task.measure(jnp.asarray([[[3.4], [-0.6], [7.0]]]), jnp.asarray([[3.0, 0.0, 7.0]]))
+    np.testing.assert_allclose(errors, np.array([[0.16, 0.36, 0]]) / task.variance, rtol=1e-5)
+    assert right.tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize("matrix", ["orthogonal", "not normal"])
@@ -237,6 +240,8 @@ def test_the_verdict_follows_the_intervals():
     assert "(4 of MHA, 2 of IHA) holds. Solved" in verdict([few, mha, iha], needed)
     assert "mha with 4 heads; iha with 2 heads" in verdict([few, mha, iha], needed)
     assert "is not decided" in verdict([few, mha, result(IHA, 2, 1.0, 1.0, 0.5)], needed)
+    assert "is not decided" in verdict([few, mha, result(IHA, 2, 1.0, 1.0, 0.9)], needed)  # the mean alone is above
+    assert "is not decided" in verdict([result(MHA, 2, 1.0, 1.0, 0.5), few, mha, iha], needed)
     assert "is not decided" in verdict([mha, iha], needed)
     assert "does not hold" in verdict([few, mha, result(IHA, 2, 0.3, 0.31, 0.3)], needed)
     assert "does not hold" in verdict([result(MHA, 3, 1.0, 1.0, 1.0), mha, iha], needed)
@@ -258,6 +263,7 @@ def test_the_verdict_follows_the_intervals():
         ("cpm3", "factor=7", "G = 7 is not order-sensitive modulo M = 3"),
         ("cpm3", "modulus=0", "M = 0; expected an integer of at least 1"),
         ("cpm3", "tokens=2", "22 examples asked for, but there are only 3^2 = 9 sequences"),
+        ("cpm3", "tokens=40", "3^40 sequences; expected fewer than 2^63: ask for fewer tokens"),
         ("cpm4", "", "no experiment cpm4; there are: polynomial_filters, cpm3"),
     ],
 )

@@ -21,6 +21,7 @@ from iha_jax.learned_tasks.layer import GivenShifts, Layer
 from iha_jax.theory.cpm3 import Task, brute_force, iha_heads
 
 SHIFTS = "shifts_given"
+MOST = 2**63
 CHUNK = 512  # sequences whose pairs are held at once
 
 
@@ -43,13 +44,15 @@ class CPM3Experiment(ExperimentConfig):
         return Task(self.modulus, self.factor, self.tokens)
 
     def check(self) -> None:
-        """Raises CPM3Error; ValueError for more examples than sequences."""
+        """Raises CPM3Error; ValueError for more examples than sequences, or more sequences than are numbered."""
         sequences, wanted = self.cpm3.M**self.tokens, sum(self.split_sizes)
         if wanted > sequences:
             raise ValueError(
                 f"{wanted} examples asked for, but there are only {self.modulus}^{self.tokens} = {sequences} "
                 f"sequences; ask for fewer examples, or for more tokens"
             )
+        if sequences >= MOST:
+            raise ValueError(f"{self.modulus}^{self.tokens} sequences; expected fewer than 2^63: ask for fewer tokens")
 
     @property
     def arms(self) -> list[tuple[str, int]]:
