@@ -34,7 +34,7 @@ def get_experiment(name: str) -> ConfigDict:
         experiment.mha_heads = (1, 2, 3, 4, 5)
         experiment.iha_heads = (1, 2, 3)
         experiment.matched_heads = (1, 2, 3)
-        experiment.learning_rates = (1e-2,)  # of several, the one with the lowest validation loss is reported
+        experiment.learning_rates = (1e-2, 2e-2)  # of several, the one with the lowest validation loss is reported
         experiment.train_examples, experiment.validation_examples, experiment.test_examples = 4096, 512, 1024
         experiment.batch_size = 32
         experiment.seeds = 5  # initial weights and order of examples; trained side by side

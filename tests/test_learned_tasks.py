@@ -29,6 +29,7 @@ SMALL = (
     "experiment.batch_size=4",
     "experiment.epochs=3",
     "experiment.seeds=2",
+    "experiment.learning_rates=0.01",
     "experiment.optimizer.warmup_steps=2",
 )
 FILTERS = ("experiment.tokens=5", "experiment.filters=3", "experiment.signals=2")
@@ -137,6 +138,24 @@ def test_an_error_is_a_share_of_the_filters_variance(matrix):
     errors, right = task.measure(jnp.asarray(0.9 * labels.reshape(4, 5, 6)), jnp.asarray(labels))
     np.testing.assert_allclose(errors, 0.01 * (labels**2).sum((1, 3)) / (2 * np.array(norms)), rtol=1e-4)
     np.testing.assert_array_equal(right, np.asarray(errors) < 0.01)
+
+
+def test_matrices_blind_to_the_input_are_bounded():
+    bounds = {}
+    for matrix in ("cyclic shift", "not normal"):
+        bounds[matrix] = points("polynomial_filters", *FILTERS, f"experiment.matrix={matrix}")[
+            0
+        ].experiment.blind_bounds()
+    np.testing.assert_allclose(bounds["cyclic shift"], [1 / 3, 2 / 3, 1])  # orthogonal powers: one a matrix
+    operator = polynomial_filters.example_matrices(5)["not normal"]
+    wanted = np.stack([np.linalg.matrix_power(operator, i).ravel() for i in range(3)])
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    best = 0.0
+    for angle in np.linspace(0, np.pi, 181):  # the best two matrices lie in the span of two mixtures of the powers
+        for other in np.linspace(0, np.pi, 181):
+            normal = [np.cos(angle), np.sin(angle) * np.cos(other), np.sin(angle) * np.sin(other)]
+            best = max(best, 1 - np.sum((normal @ wanted) ** 2) / 3)
+    assert bounds["not normal"][1] == pytest.approx(best, abs=1e-3)
 
 
 def test_initial_weights_have_their_spread_and_points_their_learning_rate():

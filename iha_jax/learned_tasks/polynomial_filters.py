@@ -62,10 +62,23 @@ class FiltersExperiment(ExperimentConfig):
     def heads_by_theorem(self) -> dict[str, int]:
         return {MHA: mha_heads_needed(self.operator, self.filters), IHA: iha_heads(self.filters)}
 
+    def blind_bounds(self) -> np.ndarray:
+        """The highest mean R^2 of 1, 2, ..., k attention matrices that do not depend on X, with values that read X alone.
+
+        H heads of MHA have H such matrices, of IHA H^2. By Eckart and Young, of the k powers as vectors of norm 1 they
+        keep the share of the largest squared singular values.
+        """
+        found = powers(self.operator, range(self.filters)).reshape(self.filters, -1)
+        singular = np.linalg.svd(found / np.linalg.norm(found, axis=1, keepdims=True), compute_uv=False)
+        return np.cumsum(singular**2) / self.filters
+
     def describe(self) -> str:
+        bounds = ", ".join(f"{bound:.3f}" for bound in self.blind_bounds())
         return (
             f"k = {self.filters} filters `A^i X`, A {self.matrix} [{self.tokens}, {self.tokens}], X N(0, 1) "
             f"[{self.tokens}, {self.signals}]. Right: a filter of one X with an error below {TOLERANCE:g} of its "
             f"variance. Linear attention, then a linear map of the concatenated heads; queries and keys are "
-            f"{self.tokens} wide whatever the heads, values r = {self.signals} (mha) or r H (iha)."
+            f"{self.tokens} wide whatever the heads, values r = {self.signals} (mha) or r H (iha). "
+            f"Attention matrices that are blind to X, with values that read X alone, reach an R² of at most {bounds} "
+            f"where they are 1 to {self.filters} (H of MHA, H² of IHA)."
         )
