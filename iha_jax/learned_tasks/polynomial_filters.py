@@ -63,7 +63,7 @@ class FiltersExperiment(ExperimentConfig):
         return {MHA: mha_heads_needed(self.operator, self.filters), IHA: iha_heads(self.filters)}
 
     def blind_bounds(self) -> np.ndarray:
-        """The highest mean R^2 of 1, 2, ..., k attention matrices that do not depend on X, with values that read X alone.
+        """The highest mean R^2 of 1, 2, ..., k attention matrices that are blind to X, with values that read X alone.
 
         H heads of MHA have H such matrices, of IHA H^2. By Eckart and Young, of the k powers as vectors of norm 1 they
         keep the share of the largest squared singular values.
