@@ -148,7 +148,7 @@ def csv_text(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], experiment: ExperimentConfig, name: str, path: epath.Path) -> None:
     """Heads on x, accuracy on y, a line a mechanism; the theorem's heads are marked, what has none is a level."""
     needed = experiment.heads_by_theorem()
-    figure = Figure(figsize=(7, 4.6), dpi=120, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     mechanisms = list(dict.fromkeys(result["mechanism"] for result in results))
@@ -159,8 +159,11 @@ def draw(results: Sequence[Result], experiment: ExperimentConfig, name: str, pat
         if not rows[0]["heads"]:
             panel.axhline(found[0].mean, color=color, ls="--", lw=1.2, label=label)
             continue
-        heads, means = [row["heads"] for row in rows], [one.mean for one in found]
+        beside = 0.06 * (mechanisms.index(mechanism) - 1)  # bars of equal heads side by side
+        heads, means = [row["heads"] + beside for row in rows], [one.mean for one in found]
         half_widths = [one.half_width or 0.0 for one in found]
+        for x, row in zip(heads, rows, strict=True):
+            panel.plot([x] * len(row["seeds"]), list(by_seed(row).values()), ".", color=color, ms=5, alpha=0.5)
         panel.errorbar(heads, means, half_widths, color=color, marker="o", ms=4, lw=1.8, capsize=3, label=label)
         if mechanism in needed:
             text = f"theorem: {needed[mechanism]} heads of {mechanism}"
@@ -168,12 +171,12 @@ def draw(results: Sequence[Result], experiment: ExperimentConfig, name: str, pat
     if experiment.counts:
         panel.axhline(100 * results[0]["commonest"], color="grey", ls="-.", lw=1, label="commonest label")
     panel.set(xlabel="heads", ylabel="test entries right (%)", ylim=(-3, 108))
-    panel.set_title(f"{name}: mean over seeds, bars: 95 % intervals", fontsize=10)
+    panel.set_title(f"{name}: mean over seeds, bars: 95 % intervals, dots: seeds", fontsize=10)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     with path.open("wb") as file:
         figure.savefig(file, format="png")
 
