@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 LAYER_KINDS = (
     "mha",
@@ -272,11 +272,11 @@ def build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
 
 
 def _check_value(name: str, value: Any, kind: Any, rules: Mapping[str, Any], problems: list[str]) -> Any:
-    if kind in (tuple[str, ...], tuple[float, ...]):
+    if get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             problems.append(f"{name} = {value!r}: expected a tuple with at least one item")
             return ()
-        item_kind = str if kind == tuple[str, ...] else float
+        item_kind = get_args(kind)[0]
         return tuple(_check_value(f"{name}[{i}]", v, item_kind, rules, problems) for i, v in enumerate(value))
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):

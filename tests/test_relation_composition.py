@@ -12,7 +12,8 @@ from etils import epath
 from iha_jax.config import ConfigError
 from iha_jax.data.relation_composition import SPLITS, make_examples
 from iha_jax.model.labeller import bind_labeller, initialize_labeller
-from iha_jax.relation_composition.__main__ import admit
+from iha_jax.relation_composition.__main__ import RELATION_COMPOSITION
+from iha_jax.relation_composition.command import admit
 from iha_jax.relation_composition.experiment import examples, load_points
 from iha_jax.relation_composition.figure import last_carried_on
 from iha_jax.relation_composition.report import csv_text, report, verdicts
@@ -260,7 +261,7 @@ def test_curves_of_different_lengths_keep_their_last_value():
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(tmp_path, spec, override, message):
     with pytest.raises(ValueError) as error:
-        admit(spec, str(tmp_path / "run"), [override] if override else [])
+        admit(RELATION_COMPOSITION, spec, str(tmp_path / "run"), [override] if override else [])
     assert message in str(error.value).replace("\n", " ")
     assert not (tmp_path / "run").exists()
     assert isinstance(error.value, ConfigError) or "relations" in message

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from iha_jax.config import Config, ConfigError, as_dict, build
+import jax.numpy as jnp
+import optax
+
+from iha_jax.array_types import Array
+from iha_jax.config import Config, ConfigError, OptimizerConfig, as_dict, build
 from iha_jax.config_file import apply_override, load_config, load_module
 from iha_jax.data.relation_composition import Examples, make_examples
+from iha_jax.model.labeller import bind_labeller, initialize_labeller
+from iha_jax.model.transformer import Parameters
 
 
 def _at_least(low: float, valid: str) -> Any:
@@ -59,12 +65,40 @@ class Point:
         sizes = len(self.experiment.sizes)
         return (self.experiment.train_examples // sizes) // (self.config.training.batch_size // sizes)
 
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return self.config.optimizer
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.training.batch_size
+
+    @property
+    def first_seed(self) -> int:
+        return self.config.seed
+
     def facts(self) -> dict[str, Any]:
         """All that the result depends on, as JSON holds it."""
         own = dataclasses.asdict(self.experiment)
         del own["arms"], own["learning_rates"]  # which other points there are
         used = {name: as_dict(self.config)[name] for name in ("model", "optimizer")}
         return {"experiment": own, **used, "batch_size": self.config.training.batch_size}
+
+    def initialize(self, key: Array) -> Parameters:
+        return initialize_labeller(self.config.model, key)
+
+    def measure(self, parameters: Parameters, tokens: Array, labels: Array) -> tuple[Array, Array]:
+        """Binary cross-entropy of every entry in nats, and whether it is labelled right, at probability 1/2."""
+        logits = bind_labeller(self.config.model, parameters)(tokens.astype(jnp.int32))
+        losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
+        return losses, (logits > 0) == (labels > 0)
+
+    def description(self, test: Examples) -> dict[str, Any]:
+        return {
+            "arm": self.arm,
+            "learning_rate": self.learning_rate,
+            "ones": float(test.labels.sum() / test.segment_ids.sum()),
+        }
 
 
 def examples(experiment: ExperimentConfig) -> dict[str, Examples]:
@@ -80,22 +114,29 @@ def examples(experiment: ExperimentConfig) -> dict[str, Examples]:
 
 
 def load_points(spec: str, overrides: Sequence[str] = ()) -> dict[str, list[Point]]:
-    """The points of every experiment that `spec` ("FILE.py" or "FILE.py:reduced,binary") names, its
-    `DEFAULT_EXPERIMENTS` when it names none; `overrides` such as "experiment.seeds=2" or "model.width=64" apply to all.
+    """The points of every experiment that `spec` ("FILE.py" or "FILE.py:reduced,binary") names; of the file's
+    `DEFAULT_EXPERIMENTS`, or of all, when it names none. `overrides` such as "experiment.seeds=2" or "model.width=64"
+    apply to all.
 
     Raises:
       ConfigError: with everything wrong with a name, an override or a value.
     """
+    path, module, names = experiments_of(spec)
+    return {name: _points(module, path, name, overrides) for name in names}
+
+
+def experiments_of(spec: str) -> tuple[str, Any, list[str]]:
+    """The path, the module and the experiments of "FILE.py" or "FILE.py:binary,reduced". Raises ConfigError."""
     path, _, listed = spec.partition(":")
     module = load_module(path)
     if not hasattr(module, "get_experiment"):
         raise ConfigError([f"--config={path}: the file defines no get_experiment(name)"])
     known = tuple(module.EXPERIMENTS)
-    names = listed.split(",") if listed else module.DEFAULT_EXPERIMENTS
+    names = listed.split(",") if listed else list(getattr(module, "DEFAULT_EXPERIMENTS", known))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError([f"--config={spec}: no experiment {', '.join(unknown)}; there are: {', '.join(known)}"])
-    return {name: _points(module, path, name, overrides) for name in names}
+    return path, module, names
 
 
 def _points(module: Any, path: str, name: str, overrides: Sequence[str]) -> list[Point]:

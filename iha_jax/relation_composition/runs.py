@@ -6,7 +6,7 @@ until `result.json` takes its place. Each file is written whole or not at all.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from iha_jax.data.relation_composition import Examples
 from iha_jax.data.storage import check_library, read_json, tidy, write_text, writing
-from iha_jax.model.labeller import initialize_labeller
-from iha_jax.relation_composition.experiment import Point
-from iha_jax.relation_composition.training import data_of, evaluate, initial_state, make_epoch
+from iha_jax.relation_composition.training import Split, Trainable, data_of, evaluate, initial_state, make_epoch
 from iha_jax.training.preemption import Preemption
 from iha_jax.training.run_directory import RunDirectoryError, code_revision, flat
 
@@ -29,7 +26,7 @@ HISTORY = ("train_loss", "validation_loss", "validation_accuracy", "validation_e
 History = dict[str, list[np.ndarray]]  # of each epoch [S]; "active" says which seeds were still training
 
 
-def check_points(folder: epath.Path, points: Sequence[Point]) -> None:
+def check_points(folder: epath.Path, points: Sequence[Trainable]) -> None:
     """Refuses, writing nothing, a folder where one of these points was run with another config.
 
     Raises:
@@ -48,7 +45,7 @@ def check_points(folder: epath.Path, points: Sequence[Point]) -> None:
                 raise RunDirectoryError("\n".join([f"{file.parent}: was run with another config:", *changed]))
 
 
-def read_results(folder: epath.Path, points: Sequence[Point]) -> list[dict[str, Any]]:
+def read_results(folder: epath.Path, points: Sequence[Trainable]) -> list[dict[str, Any]]:
     """The results of the points that are finished."""
     files = (folder / point.folder / RESULT for point in points)
     return [read_json(file) for file in files if file.exists()]
@@ -56,8 +53,8 @@ def read_results(folder: epath.Path, points: Sequence[Point]) -> list[dict[str, 
 
 def run_point(
     folder: epath.Path,
-    point: Point,
-    splits: dict[str, Examples],
+    point: Trainable,
+    splits: Mapping[str, Split],
     preemption: Preemption,
     tell: Callable[[str], None],
 ) -> bool:
@@ -93,7 +90,7 @@ def run_point(
     return True
 
 
-def _training(states: dict[str, Any], point: Point) -> bool:
+def _training(states: dict[str, Any], point: Trainable) -> bool:
     return bool(np.any(np.asarray(states["patience"].waited) < point.experiment.patience))
 
 
@@ -102,12 +99,12 @@ def _describe(row: dict[str, np.ndarray]) -> str:
     return f"validation accuracy {accuracy}; {int(row['active'].sum())} of {len(row['active'])} seeds training"
 
 
-def _initial(point: Point) -> dict[str, Any]:
-    seeds = point.config.seed + jnp.arange(point.experiment.seeds)
+def _initial(point: Trainable) -> dict[str, Any]:
+    seeds = point.first_seed + jnp.arange(point.experiment.seeds)
     return jax.jit(jax.vmap(lambda seed: initial_state(point, seed)))(seeds)
 
 
-def _restored(file: epath.Path, point: Point) -> tuple[dict[str, Any], History, float]:
+def _restored(file: epath.Path, point: Trainable) -> tuple[dict[str, Any], History, float]:
     """States of all seeds, rows so far and seconds spent; from the start when there is no checkpoint."""
     if not file.exists():
         return _initial(point), {name: [] for name in ("active", *HISTORY)}, 0.0
@@ -133,7 +130,7 @@ def _save(file: epath.Path, states: dict[str, Any], history: History, seconds: f
 
 
 def _result(
-    point: Point, states: dict[str, Any], history: History, splits: dict[str, Examples], seconds: float
+    point: Trainable, states: dict[str, Any], history: History, splits: Mapping[str, Split], seconds: float
 ) -> dict[str, Any]:
     """Lists have one item a seed. Test metrics are those of the parameters with the lowest validation loss."""
     test = data_of(point, splits["test"])
@@ -141,16 +138,14 @@ def _result(
     measured = {f"test_{name}": np.asarray(x).tolist() for name, x in measure(states["best_parameters"]).items()}
     active = np.asarray(history["active"])
     curves = {name: np.asarray(history[name]) for name in HISTORY}
-    shapes = jax.eval_shape(lambda: initialize_labeller(point.config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: point.initialize(jax.random.key(0)))
     return {
-        "arm": point.arm,
-        "learning_rate": point.learning_rate,
+        **point.description(splits["test"]),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "seeds": np.asarray(states["seed"]).tolist(),
         "epochs": active.sum(0).tolist(),
         "best_validation_loss": np.asarray(states["patience"].best).tolist(),
         **measured,
-        "ones": float(splits["test"].labels.sum() / splits["test"].segment_ids.sum()),
         "history": {
             name: [curve[active[:, s], s].tolist() for s in range(active.shape[1])] for name, curve in curves.items()
         },
