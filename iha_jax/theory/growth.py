@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from iha_jax.theory import cpm3, polynomial_filters
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOKENS, WIDTH = 1024, 1  # N and r of the filters; independent powers need k <= N
 MODULUS, FACTOR = 5, 12
@@ -103,7 +106,7 @@ def _slopes(size: str, rows: Sequence[Growth]) -> str:
     )
 
 
-def draw(path: Path) -> None:
+def picture() -> "Figure":
     """Three log-log panels: heads, parameters of the filters, parameters of CPM-3; slopes in the legends."""
     # Only here: the statements and the table need no matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,5 +141,11 @@ def draw(path: Path) -> None:
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     figure.suptitle(f"Closed forms; slopes fitted to {', '.join(map(str, FITTED))}", fontsize=9)
+    return figure
+
+
+def draw(path: Path) -> None:
+    """`picture` as a PNG file."""
+    figure = picture()
     with path.open("wb") as file:
         figure.savefig(file, format="png")

@@ -1,0 +1,117 @@
+"""Every notebook runs from top to bottom on tiny settings; what is kept of it is small, and the output of one whole run."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# By notebook: other values for its cell tagged "parameters". A WORKDIR among these is always a temporary folder.
+TINY = {
+    "01_interleaved_head_attention": {"TEXT": "tiny", "H": 2, "P": 2},
+    "02_theory": {"N": 5, "K": 4, "N_MAX": 3, "M": 3, "G": 8, "ALL_UP_TO": 3},
+}
+BYTES = 250_000
+MACHINE = re.compile(r"(?<![\w.:/~-])/(home|root|tmp|Users|private|var|opt|mnt|usr|work|workspace|content)/|\b[A-Z]:\\")
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters(notebook):
+    """Index of the cell tagged "parameters", and what it assigns: names to literals."""
+    (index,) = (i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    values = {}
+    for statement in ast.parse(notebook.cells[index].source).body:
+        assert isinstance(statement, ast.Assign), f"line {statement.lineno}: expected NAME = literal"
+        for target in statement.targets:
+            assert isinstance(target, ast.Name), f"line {statement.lineno}: expected NAME = literal"
+            values[target.id] = ast.literal_eval(statement.value)
+    return index, values
+
+
+def test_tiny_settings_are_those_of_notebooks():
+    assert len(NOTEBOOKS) >= 2
+    assert set(TINY) <= {path.stem for path in NOTEBOOKS}
+
+
+@each_notebook
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    notebook = read(path)
+    index, defaults = parameters(notebook)
+    tiny = dict(TINY.get(path.stem, {}))
+    if "WORKDIR" in defaults:
+        tiny["WORKDIR"] = str(tmp_path / "runs")
+    assert set(tiny) <= set(defaults), f"{path.name} has the parameters {', '.join(defaults)}"
+    injected = "\n".join(f"{name} = {value!r}" for name, value in tiny.items())
+    notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(injected))
+    # This Python's kernel, not one that a user has installed under the same name, and nobody's start-up files.
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client.execute()
+    assert all(cell.execution_count for cell in code(notebook))
+
+
+@each_notebook
+def test_what_is_kept_is_small_and_of_one_whole_run(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < BYTES, "fewer or smaller pictures"
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    assert any(cell.outputs for cell in code(notebook))
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", f"cell {cell.id}: {output.text}"
+    ids = [cell.get("id") for cell in notebook.cells]
+    assert all(ids)
+    assert len(set(ids)) == len(ids)
+
+
+@each_notebook
+def test_nothing_of_the_machine_is_kept(path):
+    notebook = read(path)
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, f"cell {cell.id}: no times, no states of widgets"
+        texts = [cell.source]
+        for output in cell.get("outputs", []):
+            data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+            texts += [output.get("text", ""), json.dumps(data)]
+        for text in texts:
+            assert not MACHINE.search(text), f"cell {cell.id}: {MACHINE.search(text)}"
+            assert str(ROOT) not in text
+
+
+@each_notebook
+def test_nothing_is_defined_that_belongs_in_the_package(path):
+    for cell in code(read(path)):
+        for node in ast.walk(ast.parse(cell.source)):  # no magics either
+            found = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            assert not found, f"cell {cell.id} defines {getattr(node, 'name', '')}"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_passes(command):
+    run = subprocess.run([sys.executable, "-m", "ruff", *command, *NOTEBOOKS], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
