@@ -20,6 +20,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TINY = {
     "01_interleaved_head_attention": {"TEXT": "tiny", "H": 2, "P": 2},
     "02_theory": {"N": 5, "K": 4, "N_MAX": 3, "M": 3, "G": 8, "ALL_UP_TO": 3},
+    "03_compare_runs": {"CONFIG": config_file, "OVERRIDES": [], "SEEDS": 2},
+    "04_attention_maps": {"CONFIG": config_file, "OVERRIDES": [], "IHA_OVERRIDES": [], "TEXT": "def f(x)"},
     "05_plan_a_pod_run": {"TOPOLOGY": "v5p:2x2x1", "MOST_CHIPS": 8, "COMPILE": False},
 }
 BYTES = 250_000
