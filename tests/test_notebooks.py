@@ -11,12 +11,18 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.comparisons import config_file
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# By notebook: other values for its cell tagged "parameters". A WORKDIR among these is always a temporary folder.
+# By notebook: other values for its cell tagged "parameters"; `config_file` stands for the file that it writes, a
+# comparison of tiny models. A WORKDIR among these is always a temporary folder.
 TINY = {
     "01_interleaved_head_attention": {"TEXT": "tiny", "H": 2, "P": 2},
     "02_theory": {"N": 5, "K": 4, "N_MAX": 3, "M": 3, "G": 8, "ALL_UP_TO": 3},
+    "03_compare_runs": {"CONFIG": config_file, "OVERRIDES": [], "SEEDS": 2},
+    "04_attention_maps": {"CONFIG": config_file, "OVERRIDES": [], "IHA_OVERRIDES": [], "TEXT": "def f(x)"},
+    "05_plan_a_pod_run": {"TOPOLOGY": "v5p:2x2x1", "MOST_CHIPS": 8, "COMPILE": False},
 }
 BYTES = 250_000
 MACHINE = re.compile(r"(?<![\w.:/~-])/(home|root|tmp|Users|private|var|opt|mnt|usr|work|workspace|content)/|\b[A-Z]:\\")
@@ -54,6 +60,8 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     notebook = read(path)
     index, defaults = parameters(notebook)
     tiny = dict(TINY.get(path.stem, {}))
+    if tiny.get("CONFIG") is config_file:
+        tiny["CONFIG"] = config_file(tmp_path / "files")
     if "WORKDIR" in defaults:
         tiny["WORKDIR"] = str(tmp_path / "runs")
     assert set(tiny) <= set(defaults), f"{path.name} has the parameters {', '.join(defaults)}"
@@ -63,7 +71,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     assert all(cell.execution_count for cell in code(notebook))
 
