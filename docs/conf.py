@@ -37,8 +37,8 @@ def keep_layout(app, what, name, obj, options, lines):
 
 
 def name_arrays(app, what, name, obj, options, signature, returns):
-    """`Float[Array, 'B N H d']` as the source has it, where jax.Array is printed with the path of a private module."""
-    return tuple(part and re.sub(r"\bjaxlib\.[\w.]+\.Array\b", "Array", part) for part in (signature, returns))
+    """`Float[Array, 'B N H d']` as in the source; jax.Array is printed with its module, a private one in some."""
+    return tuple(part and re.sub(r"\bjax(?:lib)?\.(?:\w+\.)*Array\b", "Array", part) for part in (signature, returns))
 
 
 def fill_in_readme(app, docname, source):
