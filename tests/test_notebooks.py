@@ -9,9 +9,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from etils import epath
 from nbclient import NotebookClient
 
-from tests.comparisons import config_file
+from iha_jax.model import initialize
+from iha_jax.training.checkpoint import Checkpointer
+from tests.comparisons import config_file, written
+from tests.test_model import KEY, perturbed
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -55,15 +59,37 @@ def test_tiny_settings_are_those_of_notebooks():
     assert set(TINY) <= {path.stem for path in NOTEBOOKS}
 
 
-@each_notebook
-def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def evaluated_runs(tmp_path):
+    """The runs of a tiny comparison, written instead of trained, with losses by position."""
+    _, workdir, runs = written(tmp_path, lambda arm, seed, rate: 3.0 + 0.1 * seed - 0.2 * (arm == "iha"))
+    for run in runs:
+        loss = {"loss_from_1": 2.5, "loss_from_2": 2.0 + 0.1 * run.seed, "intervals": {}, "settings": {}}
+        evaluation = workdir / run.folder / "evaluations" / "step_4.json"
+        evaluation.parent.mkdir()
+        evaluation.write_text(json.dumps({"tasks": {"loss": loss}}))
+    return workdir, runs
+
+
+def checkpoints_of(workdir, runs):
+    """Checkpoints for one run of each arm, not trained either; the notebook's parameters that name these runs."""
+    found = {}
+    for run in runs:
+        if run.seed == 0:
+            found[f"{run.arm.upper()}_RUN"] = str(workdir / run.folder)
+            parameters = perturbed(initialize(run.config().model, KEY))
+            with Checkpointer(epath.Path(workdir / run.folder / "checkpoints"), writable=True) as checkpoints:
+                checkpoints.save(4, {"parameters": parameters}, metadata={})
+                assert checkpoints.confirm() == 4
+    return found
+
+
+def run_notebook(path, tiny, tmp_path, monkeypatch):
     notebook = read(path)
     index, defaults = parameters(notebook)
-    tiny = dict(TINY.get(path.stem, {}))
     if tiny.get("CONFIG") is config_file:
-        tiny["CONFIG"] = config_file(tmp_path / "files")
+        tiny = tiny | {"CONFIG": config_file(tmp_path / "files")}
     if "WORKDIR" in defaults:
-        tiny["WORKDIR"] = str(tmp_path / "runs")
+        tiny = tiny | {"WORKDIR": str(tmp_path / "runs")}
     assert set(tiny) <= set(defaults), f"{path.name} has the parameters {', '.join(defaults)}"
     injected = "\n".join(f"{name} = {value!r}" for name, value in tiny.items())
     notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(injected))
@@ -74,6 +100,23 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     assert all(cell.execution_count for cell in code(notebook))
+
+
+@each_notebook
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    tiny = TINY.get(path.stem, {})
+    if tiny.get("CONFIG") is config_file:
+        workdir, runs = evaluated_runs(tmp_path)
+        if "MHA_RUN" in parameters(read(path))[1]:
+            tiny = tiny | checkpoints_of(workdir, runs)
+    run_notebook(path, tiny, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.get("CONFIG") is config_file])
+def test_trains_where_there_are_no_runs(name, tmp_path, monkeypatch):
+    run_notebook(ROOT / "notebooks" / f"{name}.ipynb", TINY[name], tmp_path, monkeypatch)
+    assert len(list((tmp_path / "runs").rglob("metrics.jsonl"))) == (4 if "SEEDS" in TINY[name] else 2)
 
 
 @each_notebook
