@@ -124,7 +124,10 @@ def _exponent(arm: Scaling, first: Scaling, laws: Callable[[Scaling], dict[int, 
     if arm is first:
         return text
     difference = paired_difference(own, {seed: law.beta for seed, law in laws(first).items()})
-    return text if difference is None else f"{text}; {difference.mean:+.4f} ± {difference.half_width or math.nan:.4f}"
+    if difference is None:
+        return text
+    interval = "" if difference.half_width is None else f" ± {difference.half_width:.4f}"
+    return f"{text}; {difference.mean:+.4f}{interval}"
 
 
 def _factor(ratios: dict[int, float]) -> str:
