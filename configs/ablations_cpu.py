@@ -4,7 +4,7 @@
 
 compares every arm with the first, IHA as the quickstart trains it (P = 4, virtual causality and RoPE, global collapse,
 copies of each head collapsed by their mean at the start), and draws the differences with their intervals. Four arms are
-no IHA: MHA, sliding windows without mixing, mixing without interleaving, and windows with mixing. One arm alone:
+no IHA: MHA, MHA with IHA's windows and with wider ones, and heads mixed without interleaving. One arm alone:
 
     python train.py --config=configs/ablations_cpu.py:token_causality --workdir=runs/token_causality
 

@@ -48,8 +48,9 @@ def report(comparison: Comparison, workdir: str, runs: Sequence[Run]) -> str:
     if not rows:
         why = " ".join(verdict.left_out(found, comparison)) or "there is nothing of this comparison."
         raise ValueError(f"--workdir={workdir}: no finished run to report. {why}")
-    sizes = scaling.measured(rows)
-    swept = "" if sizes else verdict.swept_name(runs)  # the best of several sizes says nothing
+    over_sizes = scaling.over_sizes(runs)
+    sizes = scaling.measured(rows) if over_sizes else []
+    swept = "" if over_sizes else verdict.swept_name(runs)  # the best of several sizes says nothing
     best = best_of(rows, comparison.arms[0]) if swept else None
     sections = [("Same setting" if best else "", rows, verdict.differences(rows, comparison.arms[0]))]
     if best:

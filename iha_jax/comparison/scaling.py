@@ -14,8 +14,10 @@ from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from iha_jax.accounting import count_parameters
 from iha_jax.comparison.figure import COLORS
 from iha_jax.comparison.results import Result
+from iha_jax.comparison.runs import Run
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
 from iha_jax.comparison.table import Row
 
@@ -24,11 +26,12 @@ LEAST_SIZES = 3
 NOTES = (
     "Power laws b = A x^-beta of bits per byte, fitted for each seed to its runs of all sizes, without an irreducible "
     "loss; ± is the half-width of a 95 % Student-t interval over seeds, behind a semicolon the difference to the first "
-    "arm. Deviation: the largest of a run from its seed's fit against FLOPs. FLOPs at equal loss: how many times an "
-    "arm's useful training FLOPs the first arm needs, by its own fit, for the loss that the arm reaches at its largest "
-    "size; geometric mean and interval, paired by seed; above 1 the arm saves compute."
+    "arm. Where tokens grow with parameters, an exponent is of both. Deviation: the largest of a run from its seed's "
+    "fit against FLOPs. Compute saved: useful training FLOPs of the first arm's largest run over those at which the "
+    "arm, by its fit, has the same loss, for seeds where that lies between its smallest and largest run; geometric "
+    "mean and interval, which knows the spread of seeds and not the fit's error; above 1 the arm needs less."
 )
-HEADER = ("arm", "sizes", "beta (parameters)", "beta (FLOPs)", "deviation", "FLOPs at equal loss")
+HEADER = ("arm", "sizes", "beta (parameters)", "beta (FLOPs)", "deviation", "compute saved")
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,18 @@ class Scaling:
         )
 
 
+def over_sizes(runs: Sequence[Run]) -> bool:
+    """Whether a comparison is one over sizes: each arm's settings are three models or more, all of other sizes."""
+    sizes: dict[str, dict[str, int]] = {}
+    for run in runs:
+        own = sizes.setdefault(run.arm, {})
+        if run.setting not in own:
+            own[run.setting] = count_parameters(run.config().model).total
+    return all(len(own) >= LEAST_SIZES and len(set(own.values())) == len(own) for own in sizes.values())
+
+
 def measured(rows: Sequence[Row]) -> list[Scaling]:
-    """The arms of a comparison over sizes; empty unless every arm has three sizes or more, with a seed that has all."""
+    """The arms of a comparison over sizes; empty unless every arm has finished three sizes or more in one seed."""
     found = []
     for arm in dict.fromkeys(row.arm for row in rows):
         own = sorted((row for row in rows if row.arm == arm), key=lambda row: row.parameters.total)
@@ -95,14 +108,15 @@ def measured(rows: Sequence[Row]) -> list[Scaling]:
     return found
 
 
-def flops_at_equal_loss(arm: Scaling, first: Scaling) -> dict[int, float]:
-    """By seed: FLOPs that `first` needs, by its fit, for the loss of `arm`'s largest run, over the FLOPs of that run.
-    Seeds for which the fit of `first` does not fall with FLOPs are left out."""
+def compute_saved(arm: Scaling, first: Scaling) -> dict[int, float]:
+    """By seed: FLOPs of the largest run of `first` over those at which the fit of `arm` has that run's loss. Seeds for
+    which these lie outside the FLOPs of the arm's own runs are left out: a fit says nothing there."""
     ratios = {}
-    for seed in arm.by_flops.keys() & first.by_flops.keys():
-        last, law = arm.runs(seed)[-1].final, first.by_flops[seed]
-        if law.beta > 0:
-            ratios[seed] = law.inverse(last["bits_per_byte"]) / last["flops"]
+    for seed in sorted(arm.by_flops.keys() & first.by_flops.keys()):
+        last, own = first.runs(seed)[-1].final, [run.final["flops"] for run in arm.runs(seed)]
+        law = arm.by_flops[seed]
+        if law.beta > 0 and own[0] <= (needed := law.inverse(last["bits_per_byte"])) <= own[-1]:
+            ratios[seed] = last["flops"] / needed
     return ratios
 
 
@@ -113,7 +127,7 @@ def scaling_table(arms: Sequence[Scaling]) -> list[list[str]]:
     for arm in arms:
         sizes = f"{arm.rows[0].parameters.total:,} to {arm.rows[-1].parameters.total:,} ({len(arm.rows)})"
         exponents = [_exponent(arm, first, lambda s: s.by_parameters), _exponent(arm, first, lambda s: s.by_flops)]
-        gain = "-" if arm is first else _factor(flops_at_equal_loss(arm, first))
+        gain = "-" if arm is first else _factor(compute_saved(arm, first))
         lines.append([arm.arm, sizes, *exponents, f"{arm.deviation:.1%}", gain])
     return lines
 

@@ -39,8 +39,8 @@ def mismatches(rows: Sequence[Row]) -> list[str]:
     gaps: dict[tuple[str, str], tuple[float, str]] = {}
     by_label = {row.label: row for row in rows}
     for row in rows:
-        first = by_label.get(row.baseline, rows[0])
-        if row.arm == first.arm:
+        first = by_label.get(row.baseline)
+        if first is None:
             continue
         for what, ratio, tolerance in (
             ("parameters", row.parameters.total / first.parameters.total, PARAMETER_TOLERANCE),
