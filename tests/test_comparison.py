@@ -186,6 +186,9 @@ def test_runs_that_differ_in_more_than_their_arm_are_said(tmp_path, key):
     assert len(warnings) == 1
     assert f"differ in {key}: " in warnings[0]
     assert warnings[0].endswith(" in iha/seed1.")
+    assert " in iha/seed0; " in warnings[0] if key == "model.mlp_width" else " in mha, iha/seed0; " in warnings[0]
+    assert warnings[0].endswith(" in iha/seed1.")
+    assert " in iha/seed0; " in warnings[0] if key == "model.mlp_width" else " in mha, iha/seed0; " in warnings[0]
 
 
 def test_other_data_devices_and_seeds_are_said(tmp_path):

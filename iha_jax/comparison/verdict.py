@@ -1,6 +1,7 @@
 """The comparison in words: who is better, and everything that makes it less than a fair comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from iha_jax.comparison.arms import Comparison
@@ -149,11 +150,19 @@ def swept_name(runs: Sequence[Run]) -> str:
 
 
 def _differing(what: str, values: Mapping[str, Any]) -> list[str]:
-    """One sentence with the runs of each value, nothing when all have the same."""
+    """One sentence with the runs of each value, nothing when all have the same. `arm` stands for all its seeds."""
     folders: dict[str, list[str]] = {}
     for folder, value in values.items():
         folders.setdefault(repr(value) if not isinstance(value, str) else value, []).append(folder)
     if len(folders) < 2:
         return []
-    listed = "; ".join(f"{value} in {', '.join(names)}" for value, names in folders.items())
+    listed = "; ".join(f"{value} in {', '.join(_by_arm(names, values))}" for value, names in folders.items())
     return [f"WARNING: the runs differ in {what}: {listed}."]
+
+
+def _by_arm(names: Sequence[str], everything: Iterable[str]) -> list[str]:
+    """`arm/seed0`, `arm/seed1`, ... as `arm` where `names` has all of `everything` that begins so."""
+    whole = Counter(name.rpartition("/")[0] for name in everything)
+    own = Counter(name.rpartition("/")[0] for name in names)
+    found = (name.rpartition("/")[0] for name in names)
+    return list(dict.fromkeys(arm if own[arm] == whole[arm] else name for arm, name in zip(found, names, strict=True)))
