@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from iha_jax.comparison.figure import COLORS
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
 from iha_jax.learned_tasks.experiment import IHA, MATCHED, MHA, ExperimentConfig, Point
+from iha_jax.relation_composition.report import by_seed
 from iha_jax.relation_composition.runs import RESULT, read_results
 
 Result = dict[str, Any]
@@ -70,11 +71,6 @@ def best_rates(results: Sequence[Result]) -> list[Result]:
 
 def percent(result: Result, metric: str = "test_accuracy") -> Estimate:
     return estimate(list(by_seed(result, metric).values()))
-
-
-def by_seed(result: Result, metric: str = "test_accuracy") -> dict[int, float]:
-    """Seed -> percent."""
-    return {seed: 100 * value for seed, value in zip(result["seeds"], result[metric], strict=True)}
 
 
 def table(results: Sequence[Result]) -> str:

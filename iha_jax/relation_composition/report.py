@@ -56,7 +56,7 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     return text + f"\nwrote {folder}/report.md, .csv and .png"
 
 
-def by_seed(result: Result, metric: str) -> dict[int, float]:
+def by_seed(result: Result, metric: str = "test_accuracy") -> dict[int, float]:
     """Seed -> percent."""
     return {seed: 100 * value for seed, value in zip(result["seeds"], result[metric], strict=True)}
 
@@ -128,7 +128,7 @@ def csv_text(results: Sequence[Result]) -> str:
 
 
 def _difference(result: Result, other: Result) -> Estimate:
-    found = paired_difference(by_seed(result, "test_accuracy"), by_seed(other, "test_accuracy"))
+    found = paired_difference(by_seed(result), by_seed(other))
     assert found is not None, "points of one experiment have the same seeds"
     return found
 
