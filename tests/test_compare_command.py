@@ -36,7 +36,8 @@ class InProcess(Launcher):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("data") / "text"
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(12):
         words = rng.choice(["alpha", "beta", "gamma", "delta", "head", "mix"], size=60 + i)

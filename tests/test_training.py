@@ -26,7 +26,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Overrides that train on a few small text files, prepared once for this module."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("data") / "text"
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(12):
         words = rng.choice(["alpha", "beta", "gamma", "delta", "head", "mix"], size=60 + i)
