@@ -23,15 +23,15 @@ KINDS = ("mha", "mha_local", "fused_mixing", "iha", "iha_local")
 class AttentionMap:
     """What one layer does with a batch of texts; float32.
 
-    weights [B, H, P, P, N, N]: how much pseudo-query p of token n attends to pseudo-key r of token m in head h, at
-      `[b, h, p, r, n, m]`. Sums to 1 over (r, m).
-    value_weights [B, H, K, N, N]: what of the unmixed values v = x W_V reaches a head's output,
+    `weights[b, h, p, r, n, m]` is how much pseudo-query p of token n attends to pseudo-key r of token m in head h; it
+    sums to 1 over (r, m). `value_weights[b, g, s, n, m]` is what of the unmixed values v = x W_V reaches a head's
+    output:
 
         out[n, g] = sum_{s, m} value_weights[g, s, n, m] v[m, s]
         MHA: value_weights[g, s, n, m] = weights[g, n, m] if s = g // (H / K), else 0
         IHA: value_weights[g, s, n, m] = sum_{h, p, r} collapse[g, h, p] weights[h, p, r, n, m] alpha_value[s, h, r]
 
-      so that MHA and IHA can be looked at side by side. IHA's can be negative and need not sum to 1.
+    So MHA and IHA can be looked at side by side. IHA's can be negative and need not sum to 1.
     """
 
     layer: int  # from 0, as in `model.by_layer`
