@@ -20,6 +20,7 @@ from iha_jax.relation_composition.training import data_of, evaluate
 from iha_jax.theory import cpm3, polynomial_filters
 from iha_jax.theory.layers import cold_queries
 from iha_jax.training.run_directory import RunDirectoryError
+from tests.stopping import StopAfter
 
 CONFIG = "configs/learned_tasks.py"
 SMALL = (
@@ -198,16 +199,6 @@ def test_parameters_are_counted_and_matched(name):
     theorem = task.heads_by_theorem()
     for mechanism, closed_form in ((MHA, needed.mha_parameters), (IHA, needed.iha_parameters)):
         assert task.layer(mechanism, theorem[mechanism]).attention_parameters == closed_form(*size)
-
-
-class StopAfter:
-    """A preemption that comes after some epochs."""
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def requested(self, step):
-        return step == self.epochs
 
 
 def test_an_interrupted_point_ends_with_the_same_result(tmp_path):

@@ -21,6 +21,7 @@ from iha_jax.relation_composition.runs import RESULT, check_points, run_point
 from iha_jax.relation_composition.training import Patience, data_of, evaluate, initial_state, make_epoch, make_step
 from iha_jax.training.command import main as train_command
 from iha_jax.training.run_directory import RunDirectoryError, flat
+from tests.stopping import StopAfter
 
 CONFIG = "configs/relation_composition.py"
 SMALL = (
@@ -181,16 +182,6 @@ def test_evaluation_counts_entries_and_whole_matrices():
     assert float(got["accuracy"]) == pytest.approx(right[valid].mean())
     assert float(got["exact"]) == pytest.approx((right | ~valid).all(1).mean())
     assert float(got["loss"]) == pytest.approx(entropy[valid].mean(), rel=1e-5)
-
-
-class StopAfter:
-    """A preemption that comes after some epochs."""
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def requested(self, step):
-        return step == self.epochs
 
 
 def test_an_interrupted_point_ends_with_the_same_result(tmp_path):

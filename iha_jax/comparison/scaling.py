@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -184,6 +185,6 @@ def draw_scaling(arms: Sequence[Scaling], path: epath.Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _points(panel, x: Sequence[float], means: Sequence[Estimate], color: str, label: str) -> None:
+def _points(panel: Axes, x: Sequence[float], means: Sequence[Estimate], color: str, label: str) -> None:
     errors = [mean.half_width or 0.0 for mean in means]
     panel.errorbar(x, [m.mean for m in means], yerr=errors, color=color, label=label, marker="o", ls="", capsize=3)

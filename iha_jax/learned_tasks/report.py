@@ -14,8 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from iha_jax.comparison.figure import COLORS
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
 from iha_jax.learned_tasks.experiment import IHA, MATCHED, MHA, ExperimentConfig, Point
-from iha_jax.relation_composition.report import by_seed
-from iha_jax.relation_composition.runs import RESULT, read_results
+from iha_jax.relation_composition.report import by_seed, finished, written
 
 Result = dict[str, Any]
 SOLVED = 95.0  # percent of the test entries
@@ -39,9 +38,7 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     Raises:
       ValueError: when no point is finished.
     """
-    results = read_results(folder, points)
-    if not results:
-        raise ValueError(f"{folder}: no finished point to report")
+    results = finished(folder, points)
     experiment, best = points[0].experiment, best_rates(results)
     data = f"{experiment.describe()} Device: {', '.join(dict.fromkeys(result['device'] for result in results))}."
     if experiment.counts:
@@ -49,14 +46,8 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     needed = experiment.heads_by_theorem()
     sections = [f"# Learned tasks: {name}", "![accuracy against heads](report.png)", data, table(best)]
     sections += ["\n".join(f"- {line}" for line in [verdict(best, needed), *differences(best, needed)])]
-    missing = [point.folder for point in points if not (folder / point.folder / RESULT).exists()]
-    if missing:
-        sections.append(f"Not finished, and left out: {', '.join(missing)}.")
-    text = "\n\n".join([*sections, NOTES]) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.csv").write_text(csv_text(results), encoding="utf-8")
     draw(best, experiment, name, folder / "report.png")
-    return text + f"\nwrote {folder}/report.md, .csv and .png"
+    return written(folder, points, [*sections, NOTES], csv_text(results))
 
 
 def best_rates(results: Sequence[Result]) -> list[Result]:

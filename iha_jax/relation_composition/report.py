@@ -11,7 +11,8 @@ from etils import epath
 from iha_jax.comparison.statistics import Estimate, estimate, paired_difference
 from iha_jax.relation_composition.experiment import Point
 from iha_jax.relation_composition.figure import draw
-from iha_jax.relation_composition.runs import read_results
+from iha_jax.relation_composition.runs import RESULT, read_results
+from iha_jax.relation_composition.training import Trainable
 
 Result = dict[str, Any]
 METRICS = {"test_accuracy": "entries right", "test_exact": "matrices right"}
@@ -32,9 +33,7 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     Raises:
       ValueError: when no point is finished.
     """
-    results = read_results(folder, points)
-    if not results:
-        raise ValueError(f"{folder}: no finished point to report")
+    results = finished(folder, points)
     experiment, first = points[0].experiment, results[0]
     title = f"# Relation composition: {name}"
     data = (
@@ -46,13 +45,25 @@ def report(folder: epath.Path, name: str, points: Sequence[Point]) -> str:
     )
     sections = [title, "![learning curves](report.png)", data, table(results)]
     sections += ["\n".join(f"- {line}" for line in [*differences(results, experiment.arms[0]), *verdicts(results)])]
-    missing = [point.folder for point in points if not (folder / point.folder / "result.json").exists()]
-    if missing:
-        sections.append(f"Not finished, and left out: {', '.join(missing)}.")
-    text = "\n\n".join([*(section for section in sections if section), NOTES]) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.csv").write_text(csv_text(results), encoding="utf-8")
     draw(results, folder / "report.png")
+    return written(folder, points, [*(section for section in sections if section), NOTES], csv_text(results))
+
+
+def finished(folder: epath.Path, points: Sequence[Trainable]) -> list[Result]:
+    """The results there are. Raises ValueError when there is none."""
+    results = read_results(folder, points)
+    if not results:
+        raise ValueError(f"{folder}: no finished point to report")
+    return results
+
+
+def written(folder: epath.Path, points: Sequence[Trainable], sections: Sequence[str], lines: str) -> str:
+    """Writes `report.md` of `sections`, the last of which are notes, and `report.csv` of `lines`. Returns the text."""
+    missing = [point.folder for point in points if not (folder / point.folder / RESULT).exists()]
+    left_out = [f"Not finished, and left out: {', '.join(missing)}."] if missing else []
+    text = "\n\n".join([*sections[:-1], *left_out, sections[-1]]) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.csv").write_text(lines, encoding="utf-8")
     return text + f"\nwrote {folder}/report.md, .csv and .png"
 
 
